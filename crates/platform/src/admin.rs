@@ -1,0 +1,24 @@
+//! The admin port: `/livez`, `/readyz`, `/metrics`. Plain HTTP, for the inside of a cluster only.
+
+use http::{Method, StatusCode};
+
+use crate::{
+    http::{Handler, handler, text},
+    lifecycle::Lifecycle,
+    metrics::Metrics,
+};
+
+/// Answers the requests of the admin port.
+pub fn admin(lifecycle: Lifecycle, metrics: Metrics) -> Handler {
+    handler(move |request| {
+        let answer = match (request.method(), request.uri().path()) {
+            (&Method::GET, "/livez") => text(StatusCode::OK, "alive\n"),
+            (&Method::GET, "/readyz") if lifecycle.is_ready() => text(StatusCode::OK, "ready\n"),
+            (&Method::GET, "/readyz") => text(StatusCode::SERVICE_UNAVAILABLE, "not ready\n"),
+            (&Method::GET, "/metrics") => text(StatusCode::OK, metrics.render()),
+            (&Method::GET, _) => text(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics\n"),
+            _ => text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n"),
+        };
+        async { answer }
+    })
+}

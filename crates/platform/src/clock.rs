@@ -1,0 +1,29 @@
+//! The one place where servers read the clock and draw random numbers.
+
+use std::time::{Instant, SystemTime, UNIX_EPOCH};
+
+use midspan_core::time::UnixTime;
+
+/// Monotonic time, which stands still while a test has paused it.
+pub fn now() -> Instant {
+    tokio::time::Instant::now().into_std()
+}
+
+/// Wall-clock time.
+#[expect(clippy::disallowed_methods, reason = "this is where it is allowed")]
+pub fn unix() -> UnixTime {
+    // A clock before 1970 is as wrong as one that stands at 1970.
+    UnixTime(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+}
+
+/// 128 unpredictable bits.
+#[expect(clippy::disallowed_methods, reason = "this is where it is allowed")]
+pub fn random() -> u128 {
+    rand::random()
+}
+
+/// 64 unpredictable bits.
+#[expect(clippy::disallowed_methods, reason = "this is where it is allowed")]
+pub fn random_u64() -> u64 {
+    rand::random()
+}

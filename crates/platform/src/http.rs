@@ -1,0 +1,129 @@
+//! Requests and answers, as all roles make them.
+
+use std::{
+    convert::Infallible,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytes::Bytes;
+use futures_util::future::BoxFuture;
+use http::{HeaderValue, Request, Response, StatusCode, header};
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use midspan_core::problem::{Problem, ProblemKind};
+use serde::Serialize;
+use tokio::sync::OwnedSemaphorePermit;
+
+/// A request as it comes from a listener.
+pub type HttpRequest = Request<Incoming>;
+
+/// An answer, whole in memory: bodies of the API are small.
+pub type HttpResponse = Response<Full<Bytes>>;
+
+/// What answers the requests of one listener.
+pub type Handler = Arc<dyn Fn(HttpRequest) -> BoxFuture<'static, HttpResponse> + Send + Sync>;
+
+/// The header that carries the request id.
+pub const REQUEST_ID: &str = "x-request-id";
+
+/// Who is at the other end of a connection; an extension of every request.
+#[derive(Debug)]
+pub struct Peer {
+    /// The address that the connection came from.
+    pub address: SocketAddr,
+    pending: Mutex<Option<OwnedSemaphorePermit>>,
+}
+
+impl Peer {
+    /// A peer that holds one of the places for those who have not shown who they are.
+    pub fn new(address: SocketAddr, place: Option<OwnedSemaphorePermit>) -> Self {
+        Self { address, pending: Mutex::new(place) }
+    }
+
+    /// The peer has shown who it is, and gives its place to the next stranger.
+    pub fn authenticated(&self) {
+        self.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+    }
+}
+
+/// Tells the listener that the sender of `request` has shown who it is.
+pub fn authenticated<B>(request: &Request<B>) {
+    if let Some(peer) = request.extensions().get::<Arc<Peer>>() {
+        peer.authenticated();
+    }
+}
+
+/// The value of a header, when it is there once and readable.
+pub fn header<B>(request: &Request<B>, name: impl header::AsHeaderName) -> Option<&str> {
+    let mut values = request.headers().get_all(name).iter();
+    let first = values.next()?.to_str().ok()?;
+    values.next().is_none().then_some(first)
+}
+
+/// An answer with a JSON body.
+pub fn json<T: Serialize>(status: StatusCode, body: &T) -> HttpResponse {
+    match serde_json::to_vec(body) {
+        Ok(bytes) => with_body(status, "application/json", bytes.into()),
+        Err(_) => problem(&Problem::new(ProblemKind::Internal, "the answer could not be written")),
+    }
+}
+
+/// An answer without a body.
+pub fn empty(status: StatusCode) -> HttpResponse {
+    let mut response = Response::new(Full::default());
+    *response.status_mut() = status;
+    response
+}
+
+/// An answer with a plain text.
+pub fn text(status: StatusCode, body: impl Into<Bytes>) -> HttpResponse {
+    with_body(status, "text/plain; charset=utf-8", body.into())
+}
+
+/// An error answer (RFC 9457).
+pub fn problem(problem: &Problem) -> HttpResponse {
+    let status = StatusCode::from_u16(problem.status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    let body = serde_json::to_vec(problem).unwrap_or_default();
+    let mut response = with_body(status, "application/problem+json", body.into());
+    if let Some(seconds) = problem.retry_after_seconds {
+        response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    if status == StatusCode::UNAUTHORIZED {
+        let scheme = HeaderValue::from_static("SharedAccessSignature");
+        response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
+    }
+    response
+}
+
+/// Reads a body of at most `max` bytes, within a time that the caller sets around it.
+pub async fn body(request: HttpRequest, max: usize) -> Result<Bytes, Problem> {
+    let too_large =
+        || Problem::new(ProblemKind::BodyTooLarge, format!("the body has at most {max} bytes here"));
+    match http_body_util::Limited::new(request.into_body(), max).collect().await {
+        Ok(body) => Ok(body.to_bytes()),
+        Err(error) if error.is::<http_body_util::LengthLimitError>() => Err(too_large()),
+        Err(_) => Err(Problem::new(ProblemKind::BadRequest, "the body ended early")),
+    }
+}
+
+/// Makes a handler out of a function.
+pub fn handler<F, Answer>(answer: F) -> Handler
+where
+    F: Fn(HttpRequest) -> Answer + Send + Sync + 'static,
+    Answer: Future<Output = HttpResponse> + Send + 'static,
+{
+    Arc::new(move |request| Box::pin(answer(request)))
+}
+
+/// Calls a handler in the form that hyper wants.
+pub(crate) async fn call(handler: Handler, request: HttpRequest) -> Result<HttpResponse, Infallible> {
+    Ok(handler(request).await)
+}
+
+fn with_body(status: StatusCode, kind: &'static str, body: Bytes) -> HttpResponse {
+    let mut response = Response::new(Full::new(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));
+    response
+}

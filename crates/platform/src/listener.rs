@@ -1,0 +1,335 @@
+//! Listeners: accept, TLS, HTTP/1.1, each step bounded in time and number.
+
+use std::{
+    io,
+    net::SocketAddr,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll},
+    time::Duration,
+};
+
+use anyhow::Context as _;
+use clap::Args;
+use hyper::service::service_fn;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use prometheus::{IntCounterVec, IntGaugeVec};
+use rustls::ServerConfig;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, Interest, ReadBuf},
+    net::{TcpListener, TcpStream},
+    sync::{OwnedSemaphorePermit, Semaphore},
+};
+use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tracing::{Span, debug, info, info_span, warn};
+
+use crate::{
+    http::{Handler, Peer, call},
+    lifecycle::Lifecycle,
+    metrics::{Counted, Metrics},
+};
+
+/// What strangers may cost.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Limits on connections")]
+pub struct ListenerSettings {
+    /// Connections at a time, of all kinds
+    #[arg(long, env = "MIDSPAN_MAX_CONNECTIONS", default_value_t = 16_000)]
+    pub max_connections: usize,
+    /// Connections at a time whose peer has not shown who it is
+    #[arg(long, env = "MIDSPAN_MAX_UNAUTHENTICATED", default_value_t = 1024)]
+    pub max_unauthenticated: usize,
+    /// Time for the TLS handshake, and again for each request's header
+    #[arg(long, env = "MIDSPAN_HEADER_LIMIT", default_value = "10s", value_parser = humantime::parse_duration)]
+    pub header_limit: Duration,
+}
+
+/// The longest header of a request, in bytes.
+pub const HEADER_MAX: usize = 16 * 1024;
+
+/// The metrics of all listeners of a process.
+#[derive(Debug, Clone)]
+pub struct ListenerMetrics {
+    connections: IntGaugeVec,
+    refused: IntCounterVec,
+    tls_failures: IntCounterVec,
+}
+
+impl ListenerMetrics {
+    /// Registers the metrics.
+    pub fn new(metrics: &Metrics) -> Self {
+        Self {
+            connections: metrics.gauges(
+                "midspan_listener_connections",
+                "Open connections, by listener.",
+                "listener",
+            ),
+            refused: metrics.counters(
+                "midspan_listener_refused_connections_total",
+                "Connections that were closed at once because a limit was reached, by limit.",
+                "limit",
+            ),
+            tls_failures: metrics.counters(
+                "midspan_listener_tls_failures_total",
+                "TLS handshakes that failed or took too long, by cause.",
+                "cause",
+            ),
+        }
+    }
+}
+
+/// A socket that listens, and does not accept yet.
+#[derive(Debug)]
+pub struct Listener {
+    name: &'static str,
+    socket: TcpListener,
+    address: SocketAddr,
+}
+
+impl Listener {
+    /// Takes the address. Nothing is accepted before [`Listener::serve`].
+    pub async fn bind(name: &'static str, address: SocketAddr) -> anyhow::Result<Self> {
+        let socket = TcpListener::bind(address).await.with_context(|| {
+            format!("cannot listen on {address} ({name}); is another process there? choose another address")
+        })?;
+        let address = socket.local_addr().context("the listener has no address")?;
+        Ok(Self { name, socket, address })
+    }
+
+    /// The address, with the real port.
+    pub fn address(&self) -> SocketAddr {
+        self.address
+    }
+
+    /// Accepts connections until the process stops.
+    pub fn serve(
+        self,
+        tls: Option<Arc<ServerConfig>>,
+        settings: &ListenerSettings,
+        metrics: &ListenerMetrics,
+        lifecycle: &Lifecycle,
+        handler: Handler,
+    ) {
+        let Self { name, socket, address } = self;
+        info!(listener = name, %address, tls = tls.is_some(), "listening");
+        let front = Front {
+            name,
+            tls: tls.map(TlsAcceptor::from),
+            header_limit: settings.header_limit,
+            places: Arc::new(Semaphore::new(settings.max_connections)),
+            strangers: Arc::new(Semaphore::new(settings.max_unauthenticated)),
+            metrics: metrics.clone(),
+            lifecycle: lifecycle.clone(),
+            handler,
+        };
+        let span = info_span!("listener", listener = name);
+        lifecycle.spawn(span, async move { front.accept(socket).await });
+    }
+}
+
+struct Front {
+    name: &'static str,
+    tls: Option<TlsAcceptor>,
+    header_limit: Duration,
+    places: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+    metrics: ListenerMetrics,
+    lifecycle: Lifecycle,
+    handler: Handler,
+}
+
+impl Front {
+    async fn accept(self, socket: TcpListener) {
+        let front = Arc::new(self);
+        let mut pause = Duration::ZERO;
+        loop {
+            let accepted = tokio::select! {
+                () = front.lifecycle.stopped().cancelled() => return,
+                accepted = socket.accept() => accepted,
+            };
+            let (stream, address) = match accepted {
+                Ok(accepted) => accepted,
+                Err(error) => {
+                    // Out of descriptors, most likely: accepting at once again would only burn the processor.
+                    pause = (pause * 2).clamp(Duration::from_millis(10), Duration::from_secs(1));
+                    warn!(%error, pause_ms = pause.as_millis(), "cannot accept connections");
+                    tokio::time::sleep(pause).await;
+                    continue;
+                }
+            };
+            pause = Duration::ZERO;
+            let Some((held, place)) = front.admit() else { continue };
+            let front = Arc::clone(&front);
+            let lifecycle = front.lifecycle.clone();
+            lifecycle.spawn(Span::current(), async move {
+                front.connection(stream, address, held, place).await;
+            });
+        }
+    }
+
+    /// A place for the connection, and one among the strangers; `None` when there is none.
+    fn admit(&self) -> Option<(Held, OwnedSemaphorePermit)> {
+        let refuse = |limit: &'static str| {
+            self.metrics.refused.with_label_values(&[limit]).inc();
+            debug!(limit, "connection refused");
+        };
+        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+            refuse("connections");
+            return None;
+        };
+        let Ok(stranger) = Arc::clone(&self.strangers).try_acquire_owned() else {
+            refuse("unauthenticated");
+            return None;
+        };
+        let counted = Counted::new(&self.metrics.connections.with_label_values(&[self.name]));
+        Some((Held { _place: place, _counted: counted }, stranger))
+    }
+
+    async fn connection(
+        &self,
+        stream: TcpStream,
+        address: SocketAddr,
+        held: Held,
+        place: OwnedSemaphorePermit,
+    ) {
+        // Small messages must not wait for an acknowledgement. Fails only on a socket that is gone.
+        let _ = stream.set_nodelay(true);
+        let transport = match &self.tls {
+            None => Transport::Tcp(stream),
+            Some(acceptor) => {
+                let failed =
+                    |cause: &'static str| self.metrics.tls_failures.with_label_values(&[cause]).inc();
+                match tokio::time::timeout(self.header_limit, acceptor.accept(stream)).await {
+                    Ok(Ok(stream)) => Transport::Tls(Box::new(stream)),
+                    Ok(Err(error)) => {
+                        failed("protocol");
+                        debug!(%error, "TLS handshake failed");
+                        return;
+                    }
+                    Err(_) => {
+                        failed("timeout");
+                        debug!("TLS handshake took too long");
+                        return;
+                    }
+                }
+            }
+        };
+        let connection = Connection { transport, _held: Some(held) };
+        let peer = Arc::new(Peer::new(address, Some(place)));
+        serve_http(connection, peer, self.header_limit, &self.lifecycle, &self.handler).await;
+    }
+}
+
+/// Serves HTTP/1.1 on one connection until it ends, is upgraded, or the process stops.
+pub async fn serve_http(
+    connection: Connection,
+    peer: Arc<Peer>,
+    header_limit: Duration,
+    lifecycle: &Lifecycle,
+    handler: &Handler,
+) {
+    let service = service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
+        request.extensions_mut().insert(Arc::clone(&peer));
+        call(Arc::clone(handler), request)
+    });
+    let served = hyper::server::conn::http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(header_limit)
+        .max_buf_size(HEADER_MAX)
+        .serve_connection(TokioIo::new(connection), service)
+        .with_upgrades();
+    let mut served = std::pin::pin!(served);
+    let ended = tokio::select! {
+        ended = served.as_mut() => ended,
+        // Requests under way are answered; then the connection closes instead of waiting for the next one.
+        () = lifecycle.closing().cancelled() => {
+            served.as_mut().graceful_shutdown();
+            tokio::select! {
+                ended = served => ended,
+                () = lifecycle.stopped().cancelled() => return,
+            }
+        }
+    };
+    if let Err(error) = ended {
+        debug!(%error, "connection ended");
+    }
+}
+
+/// One connection of a listener, which keeps its place until it is dropped.
+#[derive(Debug)]
+pub struct Connection {
+    transport: Transport,
+    _held: Option<Held>,
+}
+
+#[derive(Debug)]
+struct Held {
+    _place: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+#[derive(Debug)]
+enum Transport {
+    Tcp(TcpStream),
+    Tls(Box<TlsStream<TcpStream>>),
+    Memory(DuplexStream),
+}
+
+impl Connection {
+    /// One end of a pair that lives in memory, for tests.
+    pub fn memory(stream: DuplexStream) -> Self {
+        Self { transport: Transport::Memory(stream), _held: None }
+    }
+
+    /// Whether the peer has ended its direction, also when there are bytes before that end which nobody has read yet.
+    ///
+    /// Known from the socket's readiness, without reading. Always false in memory.
+    pub fn is_read_closed(&self) -> bool {
+        let socket = match &self.transport {
+            Transport::Tcp(stream) => stream,
+            Transport::Tls(stream) => stream.get_ref().0,
+            Transport::Memory(_) => return false,
+        };
+        let ready = futures_util::FutureExt::now_or_never(socket.ready(Interest::READABLE | Interest::ERROR));
+        match ready {
+            Some(Ok(ready)) => ready.is_read_closed() || ready.is_error(),
+            Some(Err(_)) => true,
+            None => false,
+        }
+    }
+
+    fn io(self: Pin<&mut Self>) -> Pin<&mut (dyn Io + '_)> {
+        match &mut self.get_mut().transport {
+            Transport::Tcp(stream) => Pin::new(stream),
+            Transport::Tls(stream) => Pin::new(stream),
+            Transport::Memory(stream) => Pin::new(stream),
+        }
+    }
+}
+
+trait Io: AsyncRead + AsyncWrite + Unpin {}
+impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
+
+impl AsyncRead for Connection {
+    fn poll_read(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        buffer: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        self.io().poll_read(cx, buffer)
+    }
+}
+
+impl AsyncWrite for Connection {
+    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        self.io().poll_write(cx, bytes)
+    }
+
+    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.io().poll_flush(cx)
+    }
+
+    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.io().poll_shutdown(cx)
+    }
+}

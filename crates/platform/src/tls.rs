@@ -1,0 +1,159 @@
+//! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running.
+
+use std::{
+    fmt,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, bail};
+use arc_swap::ArcSwap;
+use midspan_core::time::UnixTime;
+use rustls::{
+    CertificateError, RootCertStore, ServerConfig,
+    client::verify_server_cert_signed_by_trust_anchor,
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime as PkiTime, pem::PemObject as _},
+    server::{ClientHello, ParsedCertificate, ResolvesServerCert},
+    sign::CertifiedKey,
+};
+use tracing::{Span, error, info, warn};
+
+use crate::{clock, lifecycle::Lifecycle};
+
+/// The certificate chain and the key of a listener, both PEM.
+#[derive(Debug, Clone)]
+pub struct TlsFiles {
+    /// The chain, the server's own certificate first.
+    pub certificate: PathBuf,
+    /// The private key of the first certificate.
+    pub key: PathBuf,
+}
+
+/// Reads the certificate, and again whenever it changes, and makes a TLS configuration of it.
+///
+/// Fails when a file is missing, the certificate is not valid now, or the key is another's. `hosts` are the public
+/// names that it should cover; one that it does not cover is warned of.
+pub async fn server_config(
+    files: TlsFiles,
+    hosts: Vec<String>,
+    interval: Duration,
+    lifecycle: &Lifecycle,
+) -> anyhow::Result<Arc<ServerConfig>> {
+    let mut text = files.read().await?;
+    let certificate = Arc::new(Reloaded(ArcSwap::from_pointee(text.parse(&files, &hosts, clock::unix())?)));
+    let resolver = Arc::clone(&certificate);
+    let stopped = lifecycle.stopped().clone();
+    lifecycle.spawn(Span::current(), async move {
+        loop {
+            tokio::select! {
+                () = stopped.cancelled() => return,
+                () = tokio::time::sleep(interval) => {}
+            }
+            // While a certificate and its key are replaced one after the other, the pair does not match for a moment.
+            let Ok(new) = files.read().await else { continue };
+            if new == text {
+                continue;
+            }
+            match new.parse(&files, &hosts, clock::unix()) {
+                Ok(key) => {
+                    certificate.0.store(Arc::new(key));
+                    info!(file = %files.certificate.display(), "certificate read again");
+                }
+                Err(error) => {
+                    error!(
+                        error = format!("{error:#}"),
+                        "changed certificate cannot be used, the old one stays in force"
+                    );
+                }
+            }
+            text = new;
+        }
+    });
+    let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+        .with_safe_default_protocol_versions()
+        .context("TLS cannot be set up")?
+        .with_no_client_auth()
+        .with_cert_resolver(resolver);
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(Arc::new(config))
+}
+
+#[derive(PartialEq, Eq)]
+struct TlsText {
+    certificate: Vec<u8>,
+    key: Vec<u8>,
+}
+
+struct Reloaded(ArcSwap<CertifiedKey>);
+
+impl ResolvesServerCert for Reloaded {
+    fn resolve(&self, _: ClientHello<'_>) -> Option<Arc<CertifiedKey>> {
+        Some(self.0.load_full())
+    }
+}
+
+impl fmt::Debug for Reloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reloaded")
+    }
+}
+
+impl TlsFiles {
+    async fn read(&self) -> anyhow::Result<TlsText> {
+        let read = async |what: &str, file: &Path| {
+            tokio::fs::read(file).await.with_context(|| format!("cannot read the {what} {}", file.display()))
+        };
+        Ok(TlsText {
+            certificate: read("TLS certificate", &self.certificate).await?,
+            key: read("TLS key", &self.key).await?,
+        })
+    }
+}
+
+impl TlsText {
+    fn parse(&self, files: &TlsFiles, hosts: &[String], now: UnixTime) -> anyhow::Result<CertifiedKey> {
+        let name = files.certificate.display();
+        let chain: Vec<_> = CertificateDer::pem_slice_iter(&self.certificate)
+            .collect::<Result<_, _>>()
+            .with_context(|| format!("the TLS certificate {name} is not PEM"))?;
+        let Some(own) = chain.first() else { bail!("the TLS certificate {name} holds no certificate") };
+        check_validity(own, now).with_context(|| format!("the TLS certificate {name}"))?;
+        let own = ParsedCertificate::try_from(own)
+            .with_context(|| format!("the TLS certificate {name} is broken"))?;
+        for host in hosts {
+            let bare = host.trim_matches(['[', ']']);
+            let covered = ServerName::try_from(bare)
+                .is_ok_and(|server| rustls::client::verify_server_name(&own, &server).is_ok());
+            if !covered {
+                warn!(certificate = %name, host, "the certificate does not cover this public host; clients will refuse it");
+            }
+        }
+        let key = PrivateKeyDer::from_pem_slice(&self.key)
+            .map_err(|_| anyhow::anyhow!("the TLS key {} is not a PEM private key", files.key.display()))?;
+        CertifiedKey::from_der(chain.clone(), key, &aws_lc_rs::default_provider()).with_context(|| {
+            format!("the TLS key {} does not belong to the certificate {name}", files.key.display())
+        })
+    }
+}
+
+/// Says whether a certificate is valid now, and since or until when when it is not.
+fn check_validity(certificate: &CertificateDer<'_>, now: UnixTime) -> anyhow::Result<()> {
+    let parsed = ParsedCertificate::try_from(certificate)?;
+    let now = PkiTime::since_unix_epoch(Duration::from_secs(now.0));
+    let algorithms = aws_lc_rs::default_provider().signature_verification_algorithms.all;
+    // Nobody is trusted here: a certificate that is valid now fails for its unknown issuer, after its dates were checked.
+    let nobody = RootCertStore::empty();
+    match verify_server_cert_signed_by_trust_anchor(&parsed, &nobody, &[], now, algorithms) {
+        Err(rustls::Error::InvalidCertificate(CertificateError::ExpiredContext { not_after, .. })) => {
+            bail!("expired on {}; renew it", UnixTime(not_after.as_secs()))
+        }
+        Err(rustls::Error::InvalidCertificate(CertificateError::NotValidYetContext {
+            not_before, ..
+        })) => {
+            bail!("is not valid before {}; check this machine's clock", UnixTime(not_before.as_secs()))
+        }
+        _ => Ok(()),
+    }
+}
