@@ -1,1 +1,16 @@
-//! x
+//! The streaming edge: where the two legs of a stream meet.
+//!
+//! The path of a leg is the list of modules: [`upgrade`] checks the ticket and opens the WebSocket, [`pairing`] knows which
+//! legs are there, [`leg`] keeps the first one waiting, [`splice`] moves the bytes, and the end is reported once.
+
+mod edge;
+pub mod leg;
+mod metrics;
+pub mod pairing;
+mod settings;
+pub mod splice;
+mod upgrade;
+mod vitals;
+
+pub use edge::{Edge, EdgeParts};
+pub use settings::EdgeSettings;

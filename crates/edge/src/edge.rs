@@ -1,0 +1,312 @@
+use std::{sync::Arc, time::Duration};
+
+use async_trait::async_trait;
+use midspan_core::{
+    close::{CloseReason, Level},
+    id::{DeviceAddress, Role, StreamId},
+    record::{StreamEnd, StreamRecord, StreamState},
+    ticket::Owner,
+};
+use midspan_platform::{
+    activity::{ActivityLog, Subject},
+    clock,
+    lifecycle::Lifecycle,
+    metrics::{Counted, Metrics},
+    owners::{OwnerUnreachable, Owners},
+    rendezvous::{EdgeLease, Rendezvous},
+    secrets::Secrets,
+};
+use tokio::time::timeout;
+use tracing::{error, info, info_span, warn};
+
+use crate::{
+    EdgeSettings,
+    leg::{self, Leg, Waited},
+    metrics::EdgeMetrics,
+    pairing::{End, Next, Pairing, Place, StreamFacts},
+    splice::{Spliced, splice},
+    vitals::Limits,
+};
+
+/// The streaming edge of one process.
+pub struct Edge {
+    pub(crate) settings: EdgeSettings,
+    pub(crate) owner: Owner,
+    pub(crate) secrets: Secrets,
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) metrics: EdgeMetrics,
+    pub(crate) pairing: Arc<Pairing>,
+    rendezvous: Arc<dyn Rendezvous>,
+    activity: ActivityLog,
+}
+
+/// What an edge is made of.
+#[expect(missing_debug_implementations, reason = "parts on their way into an edge are never shown")]
+pub struct EdgeParts {
+    /// How it treats its streams.
+    pub settings: EdgeSettings,
+    /// Its name, life and internal address.
+    pub owner: Owner,
+    /// Ticket keys and deny list.
+    pub secrets: Secrets,
+    /// The process that it lives in.
+    pub lifecycle: Lifecycle,
+    /// Where its metrics are registered.
+    pub metrics: Metrics,
+    /// Where streams are announced and ended.
+    pub rendezvous: Arc<dyn Rendezvous>,
+    /// Where ends are recorded.
+    pub activity: ActivityLog,
+}
+
+/// How long a ticket is taken after its time, and so how long an ended stream must be remembered.
+pub(crate) const LEEWAY: Duration = Duration::from_secs(midspan_core::credential::CLOCK_LEEWAY_SECONDS + 1);
+
+/// From the answer to an upgrade until the WebSocket must be open.
+pub(crate) const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a call to end a stream waits for its legs to be told.
+const END_LIMIT: Duration = Duration::from_secs(8);
+
+/// How long the rendezvous store may take for one announcement, off the path of the legs.
+const STORE_LIMIT: Duration = Duration::from_secs(5);
+
+/// How long an end is remembered of a stream that no leg had come for: the longest life of its tickets.
+const UNSEEN: Duration = midspan_core::api::HANDSHAKE_MAX;
+
+const SWEEP: Duration = Duration::from_millis(250);
+
+const LEASE: Duration = Duration::from_secs(1);
+
+impl Edge {
+    /// Puts an edge together and starts its housekeeping.
+    pub fn start(parts: EdgeParts) -> Arc<Self> {
+        let edge = Arc::new(Self {
+            settings: parts.settings,
+            owner: parts.owner,
+            secrets: parts.secrets,
+            metrics: EdgeMetrics::new(&parts.metrics),
+            lifecycle: parts.lifecycle,
+            pairing: Arc::default(),
+            rendezvous: parts.rendezvous,
+            activity: parts.activity,
+        });
+        let span = info_span!("edge", edge = edge.owner.name);
+        edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
+        edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).keep_lease());
+        edge.lifecycle.spawn(span, Arc::clone(&edge).watch_deny_list());
+        edge
+    }
+
+    /// Lets the streams of a closing process end by themselves for `grace`, then ends what is left.
+    pub async fn drain(&self, grace: Duration) {
+        let over = async {
+            while self.pairing.counts() != (0, 0) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+            }
+        };
+        if timeout(grace, over).await.is_ok() {
+            return;
+        }
+        let left = self.pairing.live();
+        info!(streams = left.len(), "the grace period is over, ending what is left");
+        let ends = left.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
+        futures_util::future::join_all(ends).await;
+    }
+
+    /// Ends a stream, and returns once its legs have been told, or [`END_LIMIT`] is over.
+    pub(crate) async fn end_stream(&self, stream: StreamId, reason: CloseReason) {
+        match self.pairing.end(stream, reason, clock::now() + UNSEEN) {
+            End::BySplice(told) => {
+                let _ = timeout(END_LIMIT, told.cancelled()).await;
+            }
+            End::Here(facts) => self.report(&facts, unused(reason)).await,
+            End::Unseen | End::Already => {}
+        }
+    }
+
+    pub(crate) fn is_denied(&self, address: &DeviceAddress, credential: &str) -> bool {
+        let deny = self.secrets.deny.current();
+        deny.has_device(address) || deny.has_service(credential)
+    }
+
+    /// Keeps one leg from its upgrade to its end; the leg that came first also carries the stream.
+    pub(crate) async fn run_leg(&self, mut place: Place, leg: Result<Leg, &'static str>) {
+        let leg = match leg {
+            Ok(leg) => leg,
+            Err(error) => return error!(error, "leg cannot be used"),
+        };
+        match place.ready(leg, clock::now()) {
+            Next::HandedOver => {}
+            Next::Ended(leg, reason) => leg::dismiss(leg, reason).await,
+            Next::Wait(leg, other) => {
+                let waited = tokio::select! {
+                    waited = leg::wait(leg, other, &mut place, self.settings.leg_ping) => waited,
+                    () = self.lifecycle.stopped().cancelled() => return,
+                };
+                match waited {
+                    Waited::Joined(first, second) => Box::pin(self.run_stream(place, first, second)).await,
+                    Waited::Ended(leg, reason) => leg::dismiss(leg, reason).await,
+                    Waited::Gone => info!("leg went away before the other one came"),
+                }
+            }
+        }
+    }
+
+    async fn run_stream(&self, mut place: Place, first: Leg, second: Leg) {
+        let facts = Arc::clone(&place.facts);
+        let (service, device) = match first.role {
+            Role::Service => (first, second),
+            Role::Device => (second, first),
+        };
+        let counted = Counted::new(&self.metrics.joined);
+        info!(device.id = %facts.address, stream.name = %facts.name, "stream joined");
+        let limits = Limits {
+            ping: self.settings.leg_ping,
+            silence: self.settings.leg_silence,
+            idle: self.settings.idle_limit,
+            stall: self.settings.stall_limit,
+            close: self.settings.close_limit,
+        };
+        let expires_in = facts.credential_expires.since(clock::unix());
+        let legs_counted = [service.counted, device.counted];
+        let end = async {
+            tokio::select! {
+                reason = place.ended() => reason,
+                () = tokio::time::sleep(expires_in) => CloseReason::CredentialExpired,
+                () = self.lifecycle.stopped().cancelled() => CloseReason::Draining,
+            }
+        };
+        let flow = splice(service.io, device.io, [service.early, device.early], limits, end);
+        let announce = self.advance(facts.stream, StreamState::Joined { joined: clock::unix() });
+        let (Spliced { reason, bytes_to_device, bytes_to_service }, _) = tokio::join!(flow, announce);
+        drop((counted, legs_counted));
+        let reason = place.conclude(reason);
+        let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
+        self.report(&facts, end).await;
+        place.told();
+    }
+
+    /// Logs, counts and records the end of a stream. To be called once for each.
+    async fn report(&self, facts: &StreamFacts, end: StreamEnd) {
+        let row = end.reason.row();
+        self.metrics.ended(end.reason, end.bytes_to_device, end.bytes_to_service);
+        macro_rules! line {
+            ($level:ident) => {
+                $level!(
+                    stream.id = %facts.stream, device.id = %facts.address, stream.name = %facts.name,
+                    credential = facts.credential, reason = row.label, fault = ?row.side,
+                    bytes_to_device = end.bytes_to_device, bytes_to_service = end.bytes_to_service,
+                    "stream ended: {}", row.text
+                )
+            };
+        }
+        match row.level {
+            Level::Info => line!(info),
+            Level::Warn => line!(warn),
+            Level::Error => line!(error),
+        }
+        let record = self.advance(facts.stream, StreamState::Ended(end.clone())).await;
+        let took = match &record {
+            Some(record) => end.ended.since(record.created),
+            None => clock::now().saturating_duration_since(facts.first_leg),
+        };
+        let subject = Subject {
+            stream: Some(facts.stream),
+            address: &facts.address,
+            name: Some(&facts.name),
+            credential: &facts.credential,
+        };
+        self.activity.end(&subject, &end, took);
+    }
+
+    async fn advance(&self, stream: StreamId, next: StreamState) -> Option<StreamRecord> {
+        match timeout(STORE_LIMIT, self.rendezvous.advance_stream(stream, next)).await {
+            Ok(Ok(record)) => record,
+            Ok(Err(error)) => {
+                warn!(stream.id = %stream, %error, "a stream could not be announced");
+                None
+            }
+            Err(_) => {
+                warn!(stream.id = %stream, "a stream could not be announced in time");
+                None
+            }
+        }
+    }
+
+    async fn sweep(self: Arc<Self>) {
+        while !self.stopped_within(SWEEP).await {
+            for (facts, reason) in self.pairing.sweep(clock::now()) {
+                self.report(&facts, unused(reason)).await;
+            }
+            let (half_open, _) = self.pairing.counts();
+            self.metrics.half_open.set(i64::try_from(half_open).unwrap_or(i64::MAX));
+        }
+    }
+
+    async fn keep_lease(self: Arc<Self>) {
+        loop {
+            let (half_open, joined) = self.pairing.counts();
+            let has_room = half_open + joined < self.settings.max_streams;
+            let takes_streams = has_room && !self.lifecycle.draining().is_cancelled();
+            let lease = EdgeLease { owner: self.owner.clone(), takes_streams };
+            match timeout(STORE_LIMIT, self.rendezvous.renew_edge(lease, clock::unix())).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => warn!(%error, "the edge's lease could not be renewed"),
+                Err(_) => warn!("the edge's lease could not be renewed in time"),
+            }
+            tokio::select! {
+                stopped = self.stopped_within(LEASE) => if stopped { return },
+                // Said at once, so that nothing new is placed here. Only once: the next round waits as usual.
+                () = self.lifecycle.draining().cancelled(), if takes_streams => {}
+            }
+        }
+    }
+
+    async fn watch_deny_list(self: Arc<Self>) {
+        let mut deny = self.secrets.deny.clone();
+        loop {
+            let list = tokio::select! {
+                list = deny.changed() => list,
+                () = self.lifecycle.stopped().cancelled() => return,
+            };
+            let denied = |facts: &&Arc<StreamFacts>| {
+                list.has_device(&facts.address) || list.has_service(&facts.credential)
+            };
+            let live = self.pairing.live();
+            let ends =
+                live.iter().filter(denied).map(|facts| self.end_stream(facts.stream, CloseReason::Revoked));
+            futures_util::future::join_all(ends).await;
+        }
+    }
+
+    async fn stopped_within(&self, time: Duration) -> bool {
+        timeout(time, self.lifecycle.stopped().cancelled()).await.is_ok()
+    }
+}
+
+#[async_trait]
+impl Owners for Edge {
+    async fn end(
+        &self,
+        owner: &Owner,
+        stream: StreamId,
+        reason: CloseReason,
+    ) -> Result<(), OwnerUnreachable> {
+        if owner != &self.owner {
+            return Err(OwnerUnreachable);
+        }
+        self.end_stream(stream, reason).await;
+        Ok(())
+    }
+}
+
+impl std::fmt::Debug for Edge {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Edge").field("owner", &self.owner).finish_non_exhaustive()
+    }
+}
+
+fn unused(reason: CloseReason) -> StreamEnd {
+    StreamEnd::unused(reason, clock::unix())
+}

@@ -1,0 +1,66 @@
+use midspan_core::{close::CloseReason, id::Role};
+use midspan_platform::metrics::{Counted, Metrics};
+use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
+
+/// The metrics of the edge.
+#[derive(Debug, Clone)]
+pub(crate) struct EdgeMetrics {
+    legs: IntGaugeVec,
+    pub(crate) half_open: IntGauge,
+    pub(crate) joined: IntGauge,
+    ends: IntCounterVec,
+    refusals: IntCounterVec,
+    payload: IntCounterVec,
+}
+
+impl EdgeMetrics {
+    pub(crate) fn new(metrics: &Metrics) -> Self {
+        let streams = metrics.gauges(
+            "midspan_edge_streams",
+            "Streams of which at least one leg has come and that are not over, by state: half_open or joined.",
+            "state",
+        );
+        let this = Self {
+            legs: metrics.gauges("midspan_edge_legs", "Open legs, by role: service or device.", "role"),
+            half_open: streams.with_label_values(&["half_open"]),
+            joined: streams.with_label_values(&["joined"]),
+            ends: metrics.counters(
+                "midspan_edge_stream_ends_total",
+                "Streams that ended here, by reason; the reasons stand in docs/protocol.md.",
+                "reason",
+            ),
+            refusals: metrics.counters(
+                "midspan_edge_leg_refusals_total",
+                "Legs that were refused, by the name of the problem they were told.",
+                "reason",
+            ),
+            payload: metrics.counters(
+                "midspan_edge_payload_bytes_total",
+                "Payload that ended streams had carried, by the role that received it.",
+                "to",
+            ),
+        };
+        for role in Role::ALL {
+            this.legs.with_label_values(&[role.as_str()]);
+            this.payload.with_label_values(&[role.as_str()]);
+        }
+        for reason in CloseReason::ALL {
+            this.ends.with_label_values(&[reason.label()]);
+        }
+        this
+    }
+
+    pub(crate) fn leg(&self, role: Role) -> Counted {
+        Counted::new(&self.legs.with_label_values(&[role.as_str()]))
+    }
+
+    pub(crate) fn ended(&self, reason: CloseReason, bytes_to_device: u64, bytes_to_service: u64) {
+        self.ends.with_label_values(&[reason.label()]).inc();
+        self.payload.with_label_values(&[Role::Device.as_str()]).inc_by(bytes_to_device);
+        self.payload.with_label_values(&[Role::Service.as_str()]).inc_by(bytes_to_service);
+    }
+
+    pub(crate) fn refused(&self, name: &str) {
+        self.refusals.with_label_values(&[name]).inc();
+    }
+}

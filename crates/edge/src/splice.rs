@@ -1,0 +1,376 @@
+//! Moves the bytes of a joined stream, both ways, in one task, until one side ends.
+//!
+//! Frames are cut through: headers are read, payload is unmasked and passed on as it arrives. At most one held frame and one
+//! read wait in each direction; a leg that takes nothing stops the reads from its peer. An idle stream holds no buffer.
+
+use std::{
+    cell::RefCell,
+    future::{Future, poll_fn},
+    io,
+    pin::{Pin, pin},
+    task::{Context, Poll, ready},
+    time::Duration,
+};
+
+use bytes::Bytes;
+use midspan_core::{
+    close::CloseReason,
+    frame::{CloseFrame, Event, FrameError, FrameReader, Opcode, Sender, put_close, put_frame},
+    id::Role,
+};
+use midspan_platform::clock;
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    time::timeout,
+};
+
+pub use crate::vitals::Limits;
+use crate::{
+    leg::{FAREWELL, linger},
+    vitals::{Seen, Vitals},
+};
+
+/// What a joined stream carried, and why it ended.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Spliced {
+    /// Why it ended.
+    pub reason: CloseReason,
+    /// Bytes of payload that were passed on to the device.
+    pub bytes_to_device: u64,
+    /// Bytes of payload that were passed on to the service.
+    pub bytes_to_service: u64,
+}
+
+/// Read at once from a leg, in bytes. One buffer of this size per thread serves all its streams.
+const READ: usize = 64 * 1024;
+
+/// A leg that owes this much output is not read from, not even for the pings that it sends.
+const OUTPUT_MAX: usize = 64 * 1024;
+
+/// How many rounds a busy stream gets before others have their turn.
+const ROUNDS: usize = 16;
+
+thread_local! {
+    static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ]);
+}
+
+/// Joins two legs until one of them ends, a limit is reached, or `end` says so. Both legs have been told when it returns.
+///
+/// `early` is what was read of each leg already: the service's, then the device's.
+pub async fn splice<IO: AsyncRead + AsyncWrite + Unpin>(
+    service: IO,
+    device: IO,
+    early: [Bytes; 2],
+    limits: Limits,
+    end: impl Future<Output = CloseReason>,
+) -> Spliced {
+    let [early_service, early_device] = early;
+    let mut stream = Stream {
+        service: Half::new(Role::Service, service, &early_service),
+        device: Half::new(Role::Device, device, &early_device),
+    };
+    let ending = stream.run(limits, end).await;
+    let reason = ending.reason();
+    let (bytes_to_device, bytes_to_service) = (stream.service.payload, stream.device.payload);
+    stream.finish(ending, limits.close).await;
+    Spliced { reason, bytes_to_device, bytes_to_service }
+}
+
+/// Why bytes no longer flow.
+#[derive(Debug)]
+enum Ending {
+    /// A close frame came.
+    Closed { role: Role, code: Option<u16>, text: String },
+    /// A connection ended without one.
+    Lost(Role),
+    /// A leg broke the protocol.
+    Protocol(Role, FrameError),
+    /// A limit, or somebody outside.
+    Told(CloseReason),
+}
+
+impl Ending {
+    fn reason(&self) -> CloseReason {
+        match self {
+            Self::Closed { role, .. } => CloseReason::closed_by(*role),
+            Self::Lost(role) => CloseReason::lost(*role),
+            Self::Protocol(role, _) => CloseReason::protocol(*role),
+            Self::Told(reason) => *reason,
+        }
+    }
+}
+
+struct Stream<IO> {
+    service: Half<IO>,
+    device: Half<IO>,
+}
+
+/// One leg: what came from it and is no whole frame yet, and what it is owed.
+struct Half<IO> {
+    role: Role,
+    io: IO,
+    reader: FrameReader,
+    input: Vec<u8>,
+    output: Vec<u8>,
+    written: usize,
+    unflushed: bool,
+    payload: u64,
+    seen: Seen,
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
+    async fn run(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Ending {
+        let mut vitals = Vitals::new(limits, clock::now());
+        let mut end = pin!(end);
+        let mut ticks = tokio::time::interval(limits.tick());
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                reason = &mut end => return Ending::Told(reason),
+                _ = ticks.tick() => {
+                    let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
+                    let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
+                    let verdict = vitals.tick(clock::now(), seen);
+                    if let Some(reason) = verdict.end {
+                        return Ending::Told(reason);
+                    }
+                    for (half, ping) in [&mut self.service, &mut self.device].into_iter().zip(verdict.ping) {
+                        if ping && !half.is_full() {
+                            put_frame(&mut half.output, Opcode::Ping, true, b"");
+                        }
+                    }
+                }
+                ending = poll_fn(|cx| self.poll_pump(cx)) => return ending,
+            }
+        }
+    }
+
+    /// Moves bytes both ways until nothing more can be moved now.
+    fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
+        for _ in 0..ROUNDS {
+            let forth = self.service.step(&mut self.device, cx);
+            let back = self.device.step(&mut self.service, cx);
+            match (forth, back) {
+                (Err(ending), _) | (_, Err(ending)) => return Poll::Ready(ending),
+                (Ok(false), Ok(false)) => return Poll::Pending,
+                (Ok(_), Ok(_)) => {}
+            }
+        }
+        cx.waker().wake_by_ref();
+        Poll::Pending
+    }
+
+    /// Tells both legs. A clean end first delivers everything that was sent before it.
+    async fn finish(mut self, ending: Ending, close_limit: Duration) {
+        match ending {
+            Ending::Closed { role, code, text } => {
+                let frame = CloseFrame { code, text: &text };
+                let (closer, other) = self.split(role);
+                put_close(&mut closer.output, frame);
+                put_close(&mut other.output, frame);
+                tokio::join!(closer.deliver(close_limit), other.deliver(close_limit));
+            }
+            Ending::Lost(role) => {
+                let (lost, mut other) = self.into_split(role);
+                drop(lost);
+                other.put_reason(CloseReason::lost(role), None);
+                other.deliver(FAREWELL).await;
+            }
+            Ending::Protocol(role, error) => {
+                let (offender, other) = self.split(role);
+                offender.put_reason(CloseReason::protocol(role), Some(error));
+                other.put_reason(CloseReason::protocol(role), None);
+                tokio::join!(offender.deliver(FAREWELL), other.deliver(FAREWELL));
+            }
+            Ending::Told(reason) => {
+                self.service.put_reason(reason, None);
+                self.device.put_reason(reason, None);
+                tokio::join!(self.service.deliver(FAREWELL), self.device.deliver(FAREWELL));
+            }
+        }
+    }
+
+    fn split(&mut self, role: Role) -> (&mut Half<IO>, &mut Half<IO>) {
+        match role {
+            Role::Service => (&mut self.service, &mut self.device),
+            Role::Device => (&mut self.device, &mut self.service),
+        }
+    }
+
+    fn into_split(self, role: Role) -> (Half<IO>, Half<IO>) {
+        match role {
+            Role::Service => (self.service, self.device),
+            Role::Device => (self.device, self.service),
+        }
+    }
+}
+
+impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
+    fn new(role: Role, io: IO, early: &[u8]) -> Self {
+        Self {
+            role,
+            io,
+            reader: FrameReader::new(Sender::Client),
+            input: early.to_vec(),
+            output: Vec::new(),
+            written: 0,
+            unflushed: false,
+            payload: 0,
+            seen: Seen::default(),
+        }
+    }
+
+    /// Moves bytes from this leg to `to`, as far as one read goes. Says whether anything moved.
+    fn step(&mut self, to: &mut Self, cx: &mut Context<'_>) -> Result<bool, Ending> {
+        // Pongs that this leg is owed are written here too, when no data comes back to carry them along.
+        for half in [&mut *to, &mut *self] {
+            if let Poll::Ready(Err(_)) = half.poll_drain(cx) {
+                return Err(Ending::Lost(half.role));
+            }
+        }
+        if to.owes() || self.is_full() {
+            self.seen.held_back = true;
+            return Ok(false);
+        }
+        if !self.input.is_empty() {
+            let mut input = std::mem::take(&mut self.input);
+            let taken = self.translate(&mut input, to)?;
+            input.drain(..taken);
+            if !input.is_empty() {
+                self.input = input;
+            }
+            if taken > 0 {
+                return Ok(true);
+            }
+        }
+        SCRATCH.with_borrow_mut(|scratch| {
+            let mut buffer = ReadBuf::new(scratch);
+            match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
+                Poll::Pending => return Ok(false),
+                Poll::Ready(Err(_)) => return Err(Ending::Lost(self.role)),
+                Poll::Ready(Ok(())) => {}
+            }
+            let read = buffer.filled_mut();
+            if read.is_empty() {
+                return Err(Ending::Lost(self.role));
+            }
+            self.seen.heard = true;
+            if self.input.is_empty() {
+                let taken = self.translate(read, to)?;
+                self.input.extend_from_slice(&read[taken..]);
+            } else {
+                self.input.extend_from_slice(read);
+            }
+            Ok(true)
+        })
+    }
+
+    /// Turns this leg's frames into frames for `to`, and says how many bytes of `input` that took.
+    fn translate(&mut self, input: &mut [u8], to: &mut Self) -> Result<usize, Ending> {
+        let role = self.role;
+        let mut at = 0;
+        while to.output.len() < OUTPUT_MAX && !self.is_full() {
+            let next = self.reader.next(&mut input[at..]).map_err(|error| Ending::Protocol(role, error))?;
+            let Some((taken, event)) = next else { break };
+            at += taken;
+            match event {
+                Event::Data { opcode, fin, payload } => {
+                    self.payload += payload.len() as u64;
+                    self.seen.payload = true;
+                    put_frame(&mut to.output, opcode, fin, payload);
+                }
+                Event::Ping(payload) => put_frame(&mut self.output, Opcode::Pong, true, payload),
+                Event::Pong => {}
+                Event::Close(CloseFrame { code, text }) => {
+                    return Err(Ending::Closed { role, code, text: text.to_owned() });
+                }
+            }
+        }
+        Ok(at)
+    }
+
+    /// Writes what this leg is owed. Ready once nothing is.
+    fn poll_drain(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.written < self.output.len() {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.output[self.written..]))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.written += written;
+            self.seen.took = true;
+            self.unflushed = true;
+        }
+        if self.written > 0 {
+            (self.output, self.written) = (Vec::new(), 0);
+        }
+        if self.unflushed {
+            // TLS keeps what the socket does not take at once.
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            self.unflushed = false;
+            self.seen.took = true;
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
+    ///
+    /// Gives up when the leg takes nothing for `limit`.
+    async fn deliver(&mut self, limit: Duration) {
+        loop {
+            self.seen.took = false;
+            let drained = timeout(limit, poll_fn(|cx| self.poll_drain_discarding(cx))).await;
+            match drained {
+                Ok(Ok(())) => break,
+                Err(_) if self.seen.took => {}
+                Ok(Err(_)) | Err(_) => return,
+            }
+        }
+        // The peer may end at its leisure, but not for ever.
+        let _ = timeout(FAREWELL, linger(&mut self.io)).await;
+    }
+
+    fn poll_drain_discarding(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A peer that is itself blocked in writing would never get to read.
+        let discarded = SCRATCH.with_borrow_mut(|scratch| {
+            for _ in 0..ROUNDS {
+                let mut buffer = ReadBuf::new(scratch);
+                match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
+                    Poll::Ready(Ok(())) if buffer.filled().is_empty() => return Ok(()),
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Err(error),
+                    Poll::Pending => return Ok(()),
+                }
+            }
+            cx.waker().wake_by_ref();
+            Ok(())
+        });
+        if let Err(error) = discarded {
+            return Poll::Ready(Err(error));
+        }
+        self.poll_drain(cx)
+    }
+
+    fn put_reason(&mut self, reason: CloseReason, error: Option<FrameError>) {
+        let text = match error {
+            None => reason.close_text(),
+            Some(error) => format!("{reason}: {error}"),
+        };
+        put_close(&mut self.output, CloseFrame { code: Some(reason.close_code_for(self.role)), text: &text });
+    }
+
+    fn owes(&self) -> bool {
+        self.written < self.output.len() || self.unflushed
+    }
+
+    fn is_full(&self) -> bool {
+        self.output.len() - self.written >= OUTPUT_MAX
+    }
+
+    fn take_seen(&mut self, peer_owes: bool) -> Seen {
+        let held_back = self.seen.held_back || peer_owes || self.is_full();
+        let seen = Seen { owed: self.owes(), held_back, ..self.seen };
+        self.seen = Seen::default();
+        seen
+    }
+}

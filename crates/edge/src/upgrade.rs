@@ -1,0 +1,183 @@
+//! From a request for a leg to an open WebSocket.
+
+use std::sync::Arc;
+
+use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use hyper_util::rt::TokioIo;
+use midspan_core::{
+    close::CloseReason,
+    id::{Role, StreamId},
+    problem::{Problem, ProblemKind},
+    session::AttachError,
+    ticket::{Ticket, TicketError},
+};
+use midspan_platform::{
+    clock,
+    http::{HttpRequest, HttpResponse, authenticated, empty, header as header_value, problem},
+    listener::Connection,
+    metrics::Counted,
+};
+use tokio::time::timeout;
+use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
+use tracing::{debug, info_span};
+
+use crate::{
+    edge::{Edge, LEEWAY, UPGRADE_LIMIT},
+    leg::Leg,
+    pairing::Place,
+};
+
+impl Edge {
+    /// Answers a request below `/bridges/`.
+    pub fn handle(self: &Arc<Self>, request: HttpRequest) -> HttpResponse {
+        let mut answer = match self.open_leg(request) {
+            Ok(response) => return response,
+            Err(problem) => problem,
+        };
+        answer.request_id = format!("{:032x}", clock::random());
+        let name = answer.name().unwrap_or_default();
+        self.metrics.refused(name);
+        debug!(request.id = answer.request_id, problem = name, detail = answer.detail, "leg refused");
+        let mut response = problem(&answer);
+        if answer.status == StatusCode::UPGRADE_REQUIRED.as_u16() {
+            let headers = response.headers_mut();
+            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+            headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+        }
+        response
+    }
+
+    fn open_leg(self: &Arc<Self>, mut request: HttpRequest) -> Result<HttpResponse, Problem> {
+        let (stream, role) = parse_path(request.uri().path())?;
+        if request.method() != Method::GET {
+            return Err(Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET"));
+        }
+        let ticket = self.check_ticket(&request, stream, role)?;
+        let accept = check_upgrade(request.headers())?;
+        let place = self.take_place(&ticket)?;
+        authenticated(&request);
+
+        let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
+        let headers = response.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+        if let Some(protocol) = first_subprotocol(request.headers()) {
+            headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+        }
+
+        let counted = self.metrics.leg(role);
+        let edge = Arc::clone(self);
+        let span = info_span!("leg", stream.id = %stream, %role, trace.id = ticket.trace.trace_id());
+        self.lifecycle.spawn(span, async move {
+            let upgraded = hyper::upgrade::on(&mut request);
+            match timeout(UPGRADE_LIMIT, upgraded).await {
+                Ok(Ok(upgraded)) => edge.run_leg(place, into_leg(upgraded, role, counted)).await,
+                // The place is free again, so the same ticket may be used for another try.
+                Ok(Err(error)) => debug!(%error, "leg broke while it was opened"),
+                Err(_) => debug!("leg took too long to open"),
+            }
+        });
+        Ok(response)
+    }
+
+    fn check_ticket(&self, request: &HttpRequest, stream: StreamId, role: Role) -> Result<Ticket, Problem> {
+        let invalid = |detail: &str| Problem::new(ProblemKind::TicketInvalid, detail);
+        let text = header_value(request, header::AUTHORIZATION)
+            .and_then(|value| value.split_at_checked("Bearer ".len()))
+            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer "))
+            .map(|(_, text)| text.trim())
+            .ok_or_else(|| {
+                invalid("send the ticket as `Authorization: Bearer {ticket}`; it is not read from the URL")
+            })?;
+        let now = clock::unix();
+        let ticket = self.secrets.ticket_keys().verify(text, now).map_err(|error| match error {
+            TicketError::Invalid => invalid(&error.to_string()),
+            TicketError::Expired(_) => Problem::new(ProblemKind::TicketExpired, error.to_string()),
+        })?;
+        if ticket.stream != stream || ticket.role != role {
+            let detail = format!("the ticket is for the {} leg of stream {}", ticket.role, ticket.stream);
+            return Err(Problem::new(ProblemKind::TicketMismatch, detail));
+        }
+        if ticket.owner.name != self.owner.name || ticket.owner.incarnation != self.owner.incarnation {
+            let detail = "the edge that was to join this stream has gone; ask for a new stream";
+            return Err(Problem::new(ProblemKind::OwnerGone, detail));
+        }
+        if self.is_denied(&ticket.address, &ticket.credential) {
+            return Err(Problem::from_close(CloseReason::Revoked));
+        }
+        if now > ticket.credential_expires {
+            return Err(Problem::from_close(CloseReason::CredentialExpired));
+        }
+        Ok(ticket)
+    }
+
+    fn take_place(&self, ticket: &Ticket) -> Result<Place, Problem> {
+        let now = clock::now();
+        let left = ticket.expires.since(clock::unix());
+        let (deadline, forget_at) = (now + left, now + left + LEEWAY);
+        match self.pairing.attach(ticket, now, deadline, forget_at, self.settings.max_streams) {
+            Some(Ok(place)) => Ok(place),
+            Some(Err(AttachError::Taken)) => {
+                let detail = format!("the {} leg of this stream is attached already", ticket.role);
+                Err(Problem::new(ProblemKind::LegTaken, detail))
+            }
+            Some(Err(AttachError::Ended(reason))) => Err(Problem::from_close(reason)),
+            None => {
+                Err(Problem::new(ProblemKind::Unavailable, "this edge has as many streams as it can take"))
+            }
+        }
+    }
+}
+
+/// `/bridges/{stream}/service` or `/bridges/{stream}/device`.
+fn parse_path(path: &str) -> Result<(StreamId, Role), Problem> {
+    let not_found = || {
+        Problem::new(
+            ProblemKind::NotFound,
+            "a leg is at /bridges/{stream}/service or /bridges/{stream}/device",
+        )
+    };
+    let (stream, role) =
+        path.strip_prefix("/bridges/").and_then(|rest| rest.split_once('/')).ok_or_else(not_found)?;
+    Ok((stream.parse().map_err(|_| not_found())?, role.parse().map_err(|_| not_found())?))
+}
+
+/// Checks the upgrade's headers (RFC 6455, section 4.2.1) and gives the value of `Sec-WebSocket-Accept`.
+fn check_upgrade(headers: &HeaderMap) -> Result<HeaderValue, Problem> {
+    let has = |name, token: &str| {
+        let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(token))
+    };
+    let required = |what: &str| {
+        Problem::new(
+            ProblemKind::UpgradeRequired,
+            format!("a leg is a WebSocket: send `{what}` (RFC 6455, section 4.1)"),
+        )
+    };
+    if !has(header::CONNECTION, "upgrade") {
+        return Err(required("Connection: Upgrade"));
+    }
+    if !has(header::UPGRADE, "websocket") {
+        return Err(required("Upgrade: websocket"));
+    }
+    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
+        return Err(required("Sec-WebSocket-Version: 13"));
+    }
+    // 16 bytes in base64.
+    let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|key| key.len() == 24);
+    let key = key.ok_or_else(|| required("Sec-WebSocket-Key"))?;
+    HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| required("Sec-WebSocket-Key"))
+}
+
+fn first_subprotocol(headers: &HeaderMap) -> Option<HeaderValue> {
+    let first = headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?.split(',').next()?.trim();
+    if first.is_empty() { None } else { HeaderValue::from_str(first).ok() }
+}
+
+fn into_leg(upgraded: hyper::upgrade::Upgraded, role: Role, counted: Counted) -> Result<Leg, &'static str> {
+    let parts = upgraded
+        .downcast::<TokioIo<Connection>>()
+        .map_err(|_| "the connection is not one of our listeners'")?;
+    Ok(Leg { io: parts.io.into_inner(), early: parts.read_buf, role, counted })
+}

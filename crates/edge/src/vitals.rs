@@ -1,0 +1,169 @@
+//! When a leg is pinged, and when a stream is given up. Decides only; the splice acts.
+
+use std::time::{Duration, Instant};
+
+use midspan_core::{close::CloseReason, id::Role};
+
+/// How long what may last.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// A leg that was quiet for this long is pinged.
+    pub ping: Duration,
+    /// A leg that was read from and gave no sign of life for this long is given up.
+    pub silence: Duration,
+    /// A stream without payload for this long is ended.
+    pub idle: Duration,
+    /// A leg that took no byte for this long, although some waited, is given up.
+    pub stall: Duration,
+    /// At a clean end, a leg that takes no byte for this long loses the rest.
+    pub close: Duration,
+}
+
+impl Limits {
+    /// How often [`Vitals::tick`] should be called.
+    pub(crate) fn tick(&self) -> Duration {
+        let shortest = self.ping.min(self.silence).min(self.idle).min(self.stall);
+        (shortest / 4).clamp(Duration::from_millis(10), Duration::from_secs(5))
+    }
+}
+
+/// What happened at one leg since the last tick.
+#[derive(Debug, Clone, Copy, Default)]
+pub(crate) struct Seen {
+    /// Bytes came from it.
+    pub(crate) heard: bool,
+    /// It was not read from, because its peer takes nothing.
+    pub(crate) held_back: bool,
+    /// It took bytes.
+    pub(crate) took: bool,
+    /// Bytes wait for it.
+    pub(crate) owed: bool,
+    /// Payload came from it.
+    pub(crate) payload: bool,
+}
+
+/// What to do now.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub(crate) struct Verdict {
+    /// Which legs to ping: the service's, the device's.
+    pub(crate) ping: [bool; 2],
+    /// Why the stream is over, if it is.
+    pub(crate) end: Option<CloseReason>,
+}
+
+/// The signs of life of both legs.
+#[derive(Debug)]
+pub(crate) struct Vitals {
+    limits: Limits,
+    legs: [LegVitals; 2],
+    payload: Instant,
+}
+
+#[derive(Debug, Clone, Copy)]
+struct LegVitals {
+    heard: Instant,
+    pinged: Instant,
+    took: Instant,
+}
+
+impl Vitals {
+    pub(crate) fn new(limits: Limits, now: Instant) -> Self {
+        Self { limits, legs: [LegVitals { heard: now, pinged: now, took: now }; 2], payload: now }
+    }
+
+    /// Lets time pass. `seen` is about the service's leg, then the device's.
+    pub(crate) fn tick(&mut self, now: Instant, seen: [Seen; 2]) -> Verdict {
+        let mut verdict = Verdict::default();
+        if seen.iter().any(|seen| seen.payload || seen.owed) {
+            self.payload = now;
+        }
+        for (role, seen) in Role::ALL.into_iter().zip(seen) {
+            let index = usize::from(role == Role::Device);
+            let leg = &mut self.legs[index];
+            if seen.heard || seen.held_back {
+                leg.heard = now;
+            }
+            if seen.took || !seen.owed {
+                leg.took = now;
+            }
+            let since = |then: Instant| now.saturating_duration_since(then);
+            if since(leg.took) >= self.limits.stall {
+                verdict.end = Some(CloseReason::stalled(role));
+            } else if since(leg.heard) >= self.limits.silence {
+                verdict.end = Some(CloseReason::unresponsive(role));
+            }
+            if since(leg.heard) >= self.limits.ping && since(leg.pinged) >= self.limits.ping {
+                leg.pinged = now;
+                verdict.ping[index] = true;
+            }
+        }
+        if now.saturating_duration_since(self.payload) >= self.limits.idle {
+            verdict.end = verdict.end.or(Some(CloseReason::Idle));
+        }
+        verdict
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const HEARD: Seen = Seen { heard: true, held_back: false, took: false, owed: false, payload: false };
+    const QUIET: Seen = Seen { heard: false, ..HEARD };
+
+    #[test]
+    fn a_quiet_leg_is_pinged_and_given_up() {
+        let (mut vitals, start) = vitals();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        assert_eq!(vitals.tick(at(24), [HEARD, QUIET]), Verdict::default());
+        assert_eq!(vitals.tick(at(25), [HEARD, QUIET]).ping, [false, true]);
+        assert_eq!(vitals.tick(at(26), [HEARD, QUIET]).ping, [false, false]);
+        assert_eq!(vitals.tick(at(74), [HEARD, QUIET]).end, None);
+        assert_eq!(vitals.tick(at(75), [HEARD, QUIET]).end, Some(CloseReason::DeviceUnresponsive));
+    }
+
+    #[test]
+    fn a_leg_that_is_held_back_is_not_silent() {
+        let (mut vitals, start) = vitals();
+        let held_back = Seen { held_back: true, ..QUIET };
+        let owed = Seen { owed: true, heard: true, ..QUIET };
+        for seconds in (0..850).step_by(10) {
+            let verdict = vitals.tick(start + Duration::from_secs(seconds), [held_back, owed]);
+            assert_eq!(verdict.end, None, "after {seconds} s");
+        }
+        let end = vitals.tick(start + Duration::from_secs(900), [held_back, owed]).end;
+        assert_eq!(end, Some(CloseReason::DeviceStalled));
+    }
+
+    #[test]
+    fn progress_however_slow_is_no_stall() {
+        let (mut vitals, start) = vitals();
+        for minutes in (0..1000).step_by(14) {
+            let slow = Seen { owed: true, took: true, ..HEARD };
+            let now = start + Duration::from_secs(minutes * 60);
+            assert_eq!(vitals.tick(now, [HEARD, slow]).end, None);
+        }
+    }
+
+    #[test]
+    fn pongs_alone_do_not_keep_a_stream_from_being_idle() {
+        let (mut vitals, start) = vitals();
+        let payload = Seen { payload: true, ..HEARD };
+        let hour = Duration::from_secs(3600);
+        assert_eq!(vitals.tick(start + hour / 2, [payload, HEARD]).end, None);
+        assert_eq!(vitals.tick(start + hour, [HEARD, HEARD]).end, None);
+        assert_eq!(vitals.tick(start + hour * 3 / 2, [HEARD, HEARD]).end, Some(CloseReason::Idle));
+    }
+
+    fn vitals() -> (Vitals, Instant) {
+        let limits = Limits {
+            ping: Duration::from_secs(25),
+            silence: Duration::from_secs(75),
+            idle: Duration::from_secs(3600),
+            stall: Duration::from_secs(900),
+            close: Duration::from_secs(60),
+        };
+        let now = midspan_platform::clock::now();
+        (Vitals::new(limits, now), now)
+    }
+}
