@@ -1,6 +1,9 @@
 //! Who may connect, and what a service may reach and do.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    ops::Bound,
+};
 
 use secrecy::{ExposeSecret as _, SecretString};
 use serde::Deserialize;
@@ -19,7 +22,7 @@ pub const CLOCK_LEEWAY_SECONDS: u64 = 5;
 /// All that a relay knows of its devices and services: the contents of the credentials file.
 #[derive(Debug, Clone, Default)]
 pub struct Credentials {
-    keys_by_device: HashMap<DeviceAddress, Vec<Key>>,
+    keys_by_device: BTreeMap<DeviceAddress, Vec<Key>>,
     group_keys: Vec<Key>,
     service_by_name: HashMap<String, Service>,
 }
@@ -244,9 +247,15 @@ impl Credentials {
         !self.group_keys.is_empty() || self.keys_by_device.contains_key(address)
     }
 
-    /// The registered devices and modules, in no particular order.
-    pub fn registered(&self) -> impl Iterator<Item = &DeviceAddress> {
-        self.keys_by_device.keys()
+    /// Whether `address` has keys of its own.
+    pub fn is_registered(&self, address: &DeviceAddress) -> bool {
+        self.keys_by_device.contains_key(address)
+    }
+
+    /// The registered devices and modules behind `after`, in order.
+    pub fn registered(&self, after: Option<&DeviceAddress>) -> impl Iterator<Item = &DeviceAddress> {
+        let from = after.map_or(Bound::Unbounded, Bound::Excluded);
+        self.keys_by_device.range::<DeviceAddress, _>((from, Bound::Unbounded)).map(|(address, _)| address)
     }
 
     /// Checks that the bearer of `header` is the device or module `address`.

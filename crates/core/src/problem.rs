@@ -163,6 +163,9 @@ pub struct Problem {
     /// How long to wait before another try, in seconds; also in `Retry-After`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub retry_after_seconds: Option<u64>,
+    /// The methods that are allowed, for the header `Allow` of a 405.
+    #[serde(skip)]
+    pub allow: Option<&'static str>,
 }
 
 impl Problem {
@@ -181,12 +184,19 @@ impl Problem {
             device_reason: None,
             limit: None,
             retry_after_seconds,
+            allow: None,
         }
     }
 
     /// The end of a stream, or of its handshake, in its own words.
     pub fn from_close(reason: CloseReason) -> Self {
         Self::new(reason.into(), reason.row().text)
+    }
+
+    /// The end of a stream that this problem tells of, if it does.
+    pub fn close_reason(&self) -> Option<CloseReason> {
+        let name = self.name()?;
+        CloseReason::ALL.iter().copied().find(|reason| reason.label() == name)
     }
 
     /// The name at the end of `type`, when it is one of Midspan's.

@@ -13,7 +13,7 @@ use midspan_core::{
 };
 use midspan_platform::{
     clock,
-    http::{HttpRequest, HttpResponse, authenticated, empty, header as header_value, problem},
+    http::{HttpRequest, HttpResponse, authenticated, empty, header as header_value, problem, websocket_key},
     listener::Connection,
     metrics::Counted,
 };
@@ -38,13 +38,7 @@ impl Edge {
         let name = answer.name().unwrap_or_default();
         self.metrics.refused(name);
         debug!(request.id = answer.request_id, problem = name, detail = answer.detail, "leg refused");
-        let mut response = problem(&answer);
-        if answer.status == StatusCode::UPGRADE_REQUIRED.as_u16() {
-            let headers = response.headers_mut();
-            headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-            headers.insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
-        }
-        response
+        problem(&answer)
     }
 
     fn open_leg(self: &Arc<Self>, mut request: HttpRequest) -> Result<HttpResponse, Problem> {
@@ -143,30 +137,13 @@ fn parse_path(path: &str) -> Result<(StreamId, Role), Problem> {
     Ok((stream.parse().map_err(|_| not_found())?, role.parse().map_err(|_| not_found())?))
 }
 
-/// Checks the upgrade's headers (RFC 6455, section 4.2.1) and gives the value of `Sec-WebSocket-Accept`.
+/// Checks the upgrade's headers and gives the value of `Sec-WebSocket-Accept`.
 fn check_upgrade(headers: &HeaderMap) -> Result<HeaderValue, Problem> {
-    let has = |name, token: &str| {
-        let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
-        values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(token))
-    };
     let required = |what: &str| {
-        Problem::new(
-            ProblemKind::UpgradeRequired,
-            format!("a leg is a WebSocket: send `{what}` (RFC 6455, section 4.1)"),
-        )
+        let detail = format!("a leg is a WebSocket: send `{what}` (RFC 6455, section 4.1)");
+        Problem::new(ProblemKind::UpgradeRequired, detail)
     };
-    if !has(header::CONNECTION, "upgrade") {
-        return Err(required("Connection: Upgrade"));
-    }
-    if !has(header::UPGRADE, "websocket") {
-        return Err(required("Upgrade: websocket"));
-    }
-    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
-        return Err(required("Sec-WebSocket-Version: 13"));
-    }
-    // 16 bytes in base64.
-    let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|key| key.len() == 24);
-    let key = key.ok_or_else(|| required("Sec-WebSocket-Key"))?;
+    let key = websocket_key(headers).map_err(required)?;
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| required("Sec-WebSocket-Key"))
 }
 

@@ -9,7 +9,7 @@ use anyhow::Context as _;
 use midspan_core::{
     close::{CloseReason, Side},
     id::{DeviceAddress, StreamId, StreamName},
-    problem::ProblemKind,
+    problem::Problem,
     record::StreamEnd,
     time::UnixTime,
 };
@@ -121,19 +121,18 @@ impl ActivityLog {
     pub fn initiation(
         &self,
         subject: &Subject<'_>,
-        result: Result<(), ProblemKind>,
+        result: Result<(), &Problem>,
         now: UnixTime,
         took: Duration,
     ) {
-        let row = result.err().map(ProblemKind::row);
-        let (kind, description) = row.map_or(("", ""), |row| (row.name, row.title));
-        let level = match row {
-            None => "Information",
-            Some(row) if row.side == Side::Relay => "Error",
-            Some(_) => "Warning",
+        let (kind, description, level, status) = match result {
+            Ok(()) => ("", "", "Information", 201),
+            Err(problem) => {
+                let level = if problem.fault == Side::Relay { "Error" } else { "Warning" };
+                (problem.name().unwrap_or_default(), problem.title.as_str(), level, problem.status)
+            }
         };
-        let status = row.map_or(201, |row| row.status).to_string();
-        self.write(subject, ("invoke", kind, description, level), now, took, Some(status), None);
+        self.write(subject, ("invoke", kind, description, level), now, took, Some(status.to_string()), None);
     }
 
     /// A stream ended. `took` is the time since it was asked for.

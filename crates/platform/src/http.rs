@@ -8,7 +8,7 @@ use std::{
 
 use bytes::Bytes;
 use futures_util::future::BoxFuture;
-use http::{HeaderValue, Request, Response, StatusCode, header};
+use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use midspan_core::problem::{Problem, ProblemKind};
@@ -61,6 +61,26 @@ pub fn header<B>(request: &Request<B>, name: impl header::AsHeaderName) -> Optio
     values.next().is_none().then_some(first)
 }
 
+/// The `Sec-WebSocket-Key` of an upgrade request (RFC 6455, section 4.2.1), or the header that it lacks.
+pub fn websocket_key(headers: &HeaderMap) -> Result<&HeaderValue, &'static str> {
+    let has = |name, token: &str| {
+        let values = headers.get_all(name).iter().filter_map(|value: &HeaderValue| value.to_str().ok());
+        values.flat_map(|value| value.split(',')).any(|part| part.trim().eq_ignore_ascii_case(token))
+    };
+    if !has(header::CONNECTION, "upgrade") {
+        return Err("Connection: Upgrade");
+    }
+    if !has(header::UPGRADE, "websocket") {
+        return Err("Upgrade: websocket");
+    }
+    if !has(header::SEC_WEBSOCKET_VERSION, "13") {
+        return Err("Sec-WebSocket-Version: 13");
+    }
+    // 16 bytes in base64.
+    let key = headers.get(header::SEC_WEBSOCKET_KEY).filter(|key| key.len() == 24);
+    key.ok_or("Sec-WebSocket-Key: {16 random bytes in base64}")
+}
+
 /// An answer with a JSON body.
 pub fn json<T: Serialize>(status: StatusCode, body: &T) -> HttpResponse {
     match serde_json::to_vec(body) {
@@ -88,6 +108,18 @@ pub fn problem(problem: &Problem) -> HttpResponse {
     let mut response = with_body(status, "application/problem+json", body.into());
     if let Some(seconds) = problem.retry_after_seconds {
         response.headers_mut().insert(header::RETRY_AFTER, seconds.into());
+    }
+    if status == StatusCode::UPGRADE_REQUIRED {
+        response.headers_mut().insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        response.headers_mut().insert(header::SEC_WEBSOCKET_VERSION, HeaderValue::from_static("13"));
+    }
+    if let Some(methods) = problem.allow {
+        response.headers_mut().insert(header::ALLOW, HeaderValue::from_static(methods));
+    }
+    if let Ok(id) = HeaderValue::from_str(&problem.request_id)
+        && !problem.request_id.is_empty()
+    {
+        response.headers_mut().insert(REQUEST_ID, id);
     }
     if status == StatusCode::UNAUTHORIZED {
         let scheme = HeaderValue::from_static("SharedAccessSignature");

@@ -1,0 +1,87 @@
+//! `GET /v1/devices` and `GET /v1/devices/{device}`: who is connected.
+
+use std::collections::BTreeMap;
+
+use http::StatusCode;
+use midspan_core::{
+    api::{DevicePage, DeviceStatus, PAGE_MAX},
+    credential::{Credentials, Permission, ServiceIdentity},
+    id::DeviceAddress,
+    problem::{Problem, ProblemKind},
+};
+use midspan_platform::{
+    http::{HttpRequest, HttpResponse, json},
+    rendezvous::LinkRecord,
+};
+
+use super::{PageQuery, bad_request, in_time};
+use crate::{auth::out_of_scope, control::Control};
+
+impl Control {
+    pub(crate) async fn list_devices(&self, request: &HttpRequest) -> Result<HttpResponse, Problem> {
+        let service = self.service_that_may(request, Permission::List)?;
+        let page = PageQuery::parse(request)?;
+        let after = page.after.map(|after| after.parse::<DeviceAddress>()).transpose();
+        let after = after.map_err(|error| bad_request(format!("after: {error}")))?;
+
+        let credentials = self.credentials.current();
+        let mut links = self.linked(&service, after.clone(), page.limit + 1).await?;
+        let registered = credentials.registered(after.as_ref()).filter(|address| service.reaches(address));
+        for address in registered.take(page.limit + 1) {
+            links.entry(address.clone()).or_insert(None);
+        }
+        let more = links.len() > page.limit;
+        let items: Vec<_> = links
+            .into_iter()
+            .take(page.limit)
+            .map(|(address, link)| status(&credentials, address, link.as_ref()))
+            .collect();
+        let next = items.last().filter(|_| more).map(|last| last.address.to_string());
+        Ok(json(StatusCode::OK, &DevicePage { items, next }))
+    }
+
+    pub(crate) async fn device_status(
+        &self,
+        request: &HttpRequest,
+        address: &DeviceAddress,
+    ) -> Result<HttpResponse, Problem> {
+        let service = self.service_that_may(request, Permission::List)?;
+        if !service.reaches(address) {
+            return Err(out_of_scope(&service, address));
+        }
+        let credentials = self.credentials.current();
+        if !credentials.knows(address) {
+            let detail = format!("device {address} is not registered with this relay");
+            return Err(Problem::new(ProblemKind::DeviceUnknown, detail));
+        }
+        let link = in_time(self.rendezvous.link(address)).await?;
+        Ok(json(StatusCode::OK, &status(&credentials, address.clone(), link.as_ref())))
+    }
+
+    /// The first `limit` linked devices behind `after` that `service` reaches.
+    async fn linked(
+        &self,
+        service: &ServiceIdentity,
+        mut after: Option<DeviceAddress>,
+        limit: usize,
+    ) -> Result<BTreeMap<DeviceAddress, Option<LinkRecord>>, Problem> {
+        let mut found = BTreeMap::new();
+        while found.len() < limit {
+            let links = in_time(self.rendezvous.links(after.as_ref(), PAGE_MAX)).await?;
+            let Some((last, _)) = links.last() else { break };
+            after = Some(last.clone());
+            let reached = links.into_iter().filter(|(address, _)| service.reaches(address));
+            found.extend(reached.take(limit - found.len()).map(|(address, link)| (address, Some(link))));
+        }
+        Ok(found)
+    }
+}
+
+fn status(credentials: &Credentials, address: DeviceAddress, link: Option<&LinkRecord>) -> DeviceStatus {
+    DeviceStatus {
+        connected: link.is_some(),
+        connected_since: link.map(|link| link.since),
+        registered: credentials.is_registered(&address),
+        address,
+    }
+}

@@ -1,0 +1,271 @@
+//! One device link: from its upgrade to its goodbye.
+
+use std::{sync::Arc, time::Duration};
+
+use futures_util::{SinkExt as _, StreamExt as _};
+use http::{HeaderValue, StatusCode, header};
+use hyper::upgrade::Upgraded;
+use hyper_util::rt::TokioIo;
+use midspan_core::{
+    credential::DeviceIdentity,
+    id::DeviceAddress,
+    limit::{LimitName, LimitReached},
+    link::{FromDevice, Goodbye, GoodbyeReason, MESSAGE_MAX, SUBPROTOCOL, ToDevice, close_text},
+    problem::{Problem, ProblemKind},
+};
+use midspan_platform::{
+    clock,
+    http::{HttpRequest, HttpResponse, empty},
+    metrics::Counted,
+};
+use tokio::time::{Instant, timeout};
+use tokio_tungstenite::{
+    WebSocketStream,
+    tungstenite::{
+        Error, Message,
+        error::ProtocolError,
+        handshake::derive_accept_key,
+        protocol::{CloseFrame, Role, WebSocketConfig},
+    },
+};
+use tracing::{debug, info, info_span, warn};
+
+use super::links::{Order, Registration};
+use crate::control::{Control, STORE_LIMIT};
+
+type Socket = WebSocketStream<TokioIo<Upgraded>>;
+
+/// From the answer to an upgrade until the WebSocket must be open.
+const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long one message to a device may take to be written.
+const WRITE_LIMIT: Duration = Duration::from_secs(10);
+
+/// How long a link that was told to go may take, answers that it owes included.
+const FAREWELL: Duration = Duration::from_secs(5);
+
+/// Why a link ended.
+#[derive(Debug)]
+enum End {
+    /// The device closed it, or its connection ended.
+    Gone(&'static str),
+    /// The relay closes it.
+    Goodbye(GoodbyeReason),
+}
+
+impl Control {
+    /// Upgrades `request` to the link of the device or module `address`.
+    pub(crate) fn open_link(
+        self: &Arc<Self>,
+        mut request: HttpRequest,
+        address: &DeviceAddress,
+    ) -> Result<HttpResponse, Problem> {
+        let device = self.device(&request, address)?;
+        let accept = check_upgrade(&request)?;
+        if self.lifecycle.closing().is_cancelled() {
+            return Err(Problem::new(ProblemKind::Unavailable, "this relay process is going away"));
+        }
+        if self.links.count() >= self.settings.limit_device_links {
+            return Err(Problem::from(LimitReached {
+                name: LimitName::DeviceLinks,
+                value: self.settings.limit_device_links as u64,
+                scope: "this relay process".to_owned(),
+                retry_after_seconds: 5,
+            }));
+        }
+        let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
+        let headers = response.headers_mut();
+        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
+
+        let control = Arc::clone(self);
+        let span = info_span!("link", device.id = %address);
+        self.lifecycle.spawn(span, async move {
+            match timeout(UPGRADE_LIMIT, hyper::upgrade::on(&mut request)).await {
+                Ok(Ok(upgraded)) => control.run_link(device, upgraded).await,
+                Ok(Err(error)) => debug!(%error, "link broke while it was opened"),
+                Err(_) => debug!("link took too long to open"),
+            }
+        });
+        Ok(response)
+    }
+
+    async fn run_link(&self, device: DeviceIdentity, upgraded: Upgraded) {
+        let config = WebSocketConfig::default()
+            .read_buffer_size(4096)
+            .max_message_size(Some(MESSAGE_MAX))
+            .max_frame_size(Some(MESSAGE_MAX));
+        let mut socket =
+            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+        let mut link = self.links.register(&device.address);
+        let _counted = Counted::new(&self.metrics.device_links);
+        let generation = timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, clock::unix())).await;
+        info!("device connected");
+        let end = match generation {
+            Ok(Ok(_)) => self.serve_link(&device, &mut link, &mut socket).await,
+            // Nobody could find the device: it had better try again.
+            Ok(Err(_)) | Err(_) => End::Goodbye(GoodbyeReason::Draining),
+        };
+        link.withdraw();
+        match end {
+            End::Gone(why) => info!(why, "device disconnected"),
+            End::Goodbye(reason) => {
+                info!(reason = reason.label(), "device link closed by the relay");
+                self.metrics.goodbye(reason);
+                self.say_goodbye(&link, &mut socket, reason).await;
+            }
+        }
+        drop(link);
+        if let Ok(Ok(generation)) = generation {
+            let down = self.rendezvous.link_down(&device.address, generation);
+            if !matches!(timeout(STORE_LIMIT, down).await, Ok(Ok(()))) {
+                warn!("the end of a link could not be recorded");
+            }
+        }
+    }
+
+    async fn serve_link(&self, device: &DeviceIdentity, link: &mut Registration, socket: &mut Socket) -> End {
+        let welcome = ToDevice::Welcome {
+            now: clock::unix(),
+            ping_seconds: self.settings.link_ping.as_secs().max(1),
+            silence_seconds: self.settings.link_silence.as_secs().max(1),
+            expires: device.expires,
+        };
+        if let Err(end) = send(socket, &welcome).await {
+            return end;
+        }
+        let expiry = tokio::time::sleep(device.expires.since(clock::unix()));
+        tokio::pin!(expiry);
+        let mut pings = tokio::time::interval(self.settings.link_ping);
+        pings.reset();
+        let mut heard = Instant::now();
+        loop {
+            tokio::select! {
+                order = link.next_order() => match order {
+                    Order::Goodbye(reason) => return End::Goodbye(reason),
+                    Order::Ask(invitation) => {
+                        debug!(stream.id = %invitation.stream, request = %invitation.request, "device asked");
+                        if let Err(end) = send(socket, &ToDevice::Request(invitation)).await {
+                            return end;
+                        }
+                    }
+                },
+                () = self.lifecycle.stopped().cancelled() => return End::Goodbye(GoodbyeReason::Draining),
+                () = &mut expiry => return End::Goodbye(GoodbyeReason::CredentialExpired),
+                message = socket.next() => {
+                    heard = Instant::now();
+                    if let Some(end) = self.take_message(link, message) {
+                        return end;
+                    }
+                }
+                _ = pings.tick() => {
+                    if heard.elapsed() >= self.settings.link_silence {
+                        return End::Gone("it gave no sign of life");
+                    }
+                    if let Err(end) = write(socket, Message::Ping(Vec::new().into())).await {
+                        return end;
+                    }
+                }
+            }
+        }
+    }
+
+    fn take_message(&self, link: &Registration, message: Option<Result<Message, Error>>) -> Option<End> {
+        let bad = Some(End::Goodbye(GoodbyeReason::BadMessage));
+        match message {
+            None => Some(End::Gone("its connection ended")),
+            Some(Ok(Message::Text(text))) => match serde_json::from_str::<FromDevice>(&text) {
+                Ok(message) => {
+                    if !link.answer(message) {
+                        self.metrics.unexpected_answers.inc();
+                        debug!("an answer that nobody waits for");
+                    }
+                    None
+                }
+                Err(error) => {
+                    info!(%error, "not a message of this protocol");
+                    bad
+                }
+            },
+            Some(Ok(Message::Close(_))) => Some(End::Gone("it closed the link")),
+            Some(Ok(Message::Ping(_) | Message::Pong(_) | Message::Frame(_))) => None,
+            Some(Ok(Message::Binary(_)) | Err(Error::Capacity(_) | Error::Utf8(_))) => bad,
+            Some(Err(Error::Protocol(ProtocolError::ResetWithoutClosingHandshake))) => {
+                Some(End::Gone("its connection ended"))
+            }
+            Some(Err(Error::Protocol(error))) => {
+                info!(%error, "not a message of this protocol");
+                bad
+            }
+            Some(Err(error)) => {
+                debug!(%error, "link broke");
+                Some(End::Gone("its connection broke"))
+            }
+        }
+    }
+
+    /// Tells the device why and for how long it has to go. Answers that it owes are still taken.
+    async fn say_goodbye(&self, link: &Registration, socket: &mut Socket, reason: GoodbyeReason) {
+        let (seconds, message) = match reason {
+            GoodbyeReason::Replaced => (300, "a newer link of this device took over"),
+            GoodbyeReason::Draining | GoodbyeReason::Unknown => (1, "the relay is restarting"),
+            GoodbyeReason::CredentialExpired => (0, "the credential of this link has expired"),
+            GoodbyeReason::Revoked => (300, "the credential of this device was revoked"),
+            GoodbyeReason::BadMessage => (30, "the device sent what is not a message of this protocol"),
+            GoodbyeReason::Stalled => (1, "the device took no message for too long"),
+        };
+        let goodbye = Goodbye { reason, message: message.to_owned(), come_back_seconds: seconds };
+        let farewell = async {
+            send(socket, &ToDevice::Goodbye(goodbye)).await.map_err(drop)?;
+            let answers_count = matches!(reason, GoodbyeReason::Draining | GoodbyeReason::CredentialExpired);
+            while answers_count && link.owes_answers() {
+                let message = timeout(Duration::from_millis(100), socket.next()).await;
+                if let Ok(message) = message
+                    && self.take_message(link, message).is_some()
+                {
+                    return Err(());
+                }
+            }
+            let text = format!("{}: {message}", reason.label());
+            let frame =
+                CloseFrame { code: reason.close_code().into(), reason: close_text(&text).to_owned().into() };
+            socket.close(Some(frame)).await.map_err(drop)?;
+            while let Some(Ok(_)) = socket.next().await {}
+            Ok::<(), ()>(())
+        };
+        // A device that does not listen is dropped all the same.
+        let _ = timeout(FAREWELL, farewell).await;
+    }
+}
+
+async fn send(socket: &mut Socket, message: &ToDevice) -> Result<(), End> {
+    match serde_json::to_string(message) {
+        Ok(text) => write(socket, Message::Text(text.into())).await,
+        Err(_) => Err(End::Gone("a message could not be written")),
+    }
+}
+
+async fn write(socket: &mut Socket, message: Message) -> Result<(), End> {
+    match timeout(WRITE_LIMIT, socket.send(message)).await {
+        Ok(Ok(())) => Ok(()),
+        Ok(Err(_)) => Err(End::Gone("its connection ended")),
+        Err(_) => Err(End::Goodbye(GoodbyeReason::Stalled)),
+    }
+}
+
+/// Checks the upgrade's headers (RFC 6455, section 4.2.1) and gives the value of `Sec-WebSocket-Accept`.
+fn check_upgrade(request: &HttpRequest) -> Result<HeaderValue, Problem> {
+    let required = |detail: &str| Problem::new(ProblemKind::UpgradeRequired, detail);
+    let key = midspan_platform::http::websocket_key(request.headers()).map_err(|what| {
+        required(&format!("a device link is a WebSocket: send `{what}` (RFC 6455, section 4.1)"))
+    })?;
+    let offered = request.headers().get_all(header::SEC_WEBSOCKET_PROTOCOL).iter();
+    let offered = offered.filter_map(|value| value.to_str().ok()).flat_map(|value| value.split(','));
+    if !offered.into_iter().any(|protocol| protocol.trim() == SUBPROTOCOL) {
+        return Err(required("a device link needs `Sec-WebSocket-Protocol: midspan.link.v1`"));
+    }
+    HeaderValue::from_str(&derive_accept_key(key.as_bytes()))
+        .map_err(|_| required("Sec-WebSocket-Key is malformed"))
+}

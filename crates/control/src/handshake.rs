@@ -1,0 +1,347 @@
+//! From a service's request to the device's answer.
+
+use std::{sync::Arc, time::Duration};
+
+use midspan_core::{
+    api::{StreamGrant, StreamRequest, Timeouts, answer_by},
+    capability::Capabilities,
+    close::CloseReason,
+    credential::ServiceIdentity,
+    id::{DeviceAddress, RequestId, Role, StreamId},
+    limit::{LimitName, LimitReached},
+    link::Invitation,
+    placement,
+    problem::{Problem, ProblemKind},
+    record::{self, StreamEnd, StreamRecord, StreamState},
+    ticket::{Owner, Ticket},
+    trace::TraceParent,
+};
+use midspan_platform::{
+    activity::Subject,
+    clock,
+    metrics::Counted,
+    rendezvous::{CreateError, StoreError, StreamLimits},
+};
+use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tracing::{Instrument as _, Span, info, info_span, warn};
+
+use crate::{
+    control::{Control, STORE_LIMIT},
+    device::{Answer, InviteError},
+};
+
+/// How long requests under way may still take when the process closes.
+const CLOSING_GRACE: Duration = Duration::from_secs(4);
+
+impl Control {
+    /// Asks the device for a stream, and answers when it has answered.
+    ///
+    /// Whatever comes of it is logged, counted and recorded once, also when the caller stops waiting and drops the future.
+    pub(crate) async fn open_stream(
+        self: &Arc<Self>,
+        service: ServiceIdentity,
+        address: DeviceAddress,
+        request: StreamRequest,
+        trace: TraceParent,
+    ) -> Result<StreamGrant, Problem> {
+        let stream = StreamId::from_random(clock::random());
+        let span =
+            info_span!("initiation", stream.id = %stream, device.id = %address, trace.id = trace.trace_id());
+        let mut attempt = Attempt {
+            control: Arc::clone(self),
+            service,
+            address,
+            request,
+            trace,
+            stream,
+            owner: None,
+            started: Instant::now(),
+            span: span.clone(),
+            over: false,
+        };
+        let result = attempt.run().instrument(span).await;
+        attempt.over(result.as_ref().map(drop)).await;
+        result
+    }
+
+    /// Ends a stream that did not come about: a leg of the device may already be waiting.
+    async fn end_attempt(&self, stream: StreamId, owner: &Owner, reason: CloseReason) {
+        if self.owners.end(owner, stream, reason).await.is_err() {
+            warn!("the owner of a stream that did not come about could not be told; its legs will time out");
+        }
+        self.announce(stream, StreamState::Ended(StreamEnd::unused(reason, clock::unix()))).await;
+    }
+
+    async fn announce(&self, stream: StreamId, next: StreamState) {
+        let advanced = timeout(STORE_LIMIT, self.rendezvous.advance_stream(stream, next)).await;
+        if !matches!(advanced, Ok(Ok(_))) {
+            warn!("a stream could not be announced");
+        }
+    }
+}
+
+struct Attempt {
+    control: Arc<Control>,
+    service: ServiceIdentity,
+    address: DeviceAddress,
+    request: StreamRequest,
+    trace: TraceParent,
+    stream: StreamId,
+    /// Once the stream is recorded.
+    owner: Option<Owner>,
+    started: Instant,
+    span: Span,
+    over: bool,
+}
+
+impl Attempt {
+    async fn run(&mut self) -> Result<StreamGrant, Problem> {
+        let control = Arc::clone(&self.control);
+        let settings = &control.settings;
+        if control.lifecycle.closing().is_cancelled() {
+            return Err(Problem::new(
+                ProblemKind::Unavailable,
+                "this relay process is going away; try again",
+            ));
+        }
+        control.rates.take(&self.service.name, clock::now())?;
+        let _place = control.waiting.try_acquire().map_err(|_| LimitReached {
+            name: LimitName::WaitingInitiations,
+            value: settings.limit_waiting_initiations as u64,
+            scope: "this relay process".to_owned(),
+            retry_after_seconds: 1,
+        })?;
+        let _counted = Counted::new(&control.metrics.waiting_initiations);
+
+        let timeouts = Timeouts::clamp(
+            settings.handshake_limit,
+            self.request.connect_timeout_seconds,
+            self.request.response_timeout_seconds,
+        );
+        let owner = self.record().await?;
+        let service_ticket = self.ticket(Role::Service, &owner);
+        let capabilities = self.ask(&service_ticket, timeouts).await?;
+
+        control.announce(self.stream, StreamState::Accepted).await;
+        let keys = control.secrets.ticket_keys();
+        let text = keys.sign(&service_ticket).map_err(|_| cannot_sign())?;
+        Ok(StreamGrant {
+            stream: self.stream,
+            url: self.leg_url(Role::Service),
+            ticket: text,
+            expires: service_ticket.expires,
+            capabilities,
+            connect_timeout_seconds: timeouts.connect.as_secs(),
+            response_timeout_seconds: timeouts.response.as_secs(),
+            traceparent: self.trace,
+        })
+    }
+
+    /// Picks the owner and records the stream.
+    async fn record(&mut self) -> Result<Owner, Problem> {
+        let control = &self.control;
+        let now = clock::unix();
+        let edges = crate::api::in_time(control.rendezvous.edges(now)).await?;
+        let edges: Vec<_> =
+            edges.into_iter().filter(|edge| edge.takes_streams).map(|edge| edge.owner).collect();
+        let names: Vec<_> = edges.iter().map(|owner| owner.name.as_str()).collect();
+        let owner =
+            placement::owner_of(self.stream, &names).map(|index| edges[index].clone()).ok_or_else(|| {
+                Problem::new(ProblemKind::Unavailable, "no streaming edge can take a stream now; try again")
+            })?;
+        let record = StreamRecord {
+            version: record::VERSION,
+            stream: self.stream,
+            address: self.address.clone(),
+            name: self.request.name.clone(),
+            credential: self.service.name.clone(),
+            owner: owner.clone(),
+            created: now,
+            expires: now.plus(control.settings.handshake_limit),
+            state: StreamState::Requested,
+        };
+        let limits = StreamLimits {
+            per_device: control.settings.limit_streams_per_device,
+            per_service: control.settings.limit_streams_per_service,
+        };
+        match timeout(STORE_LIMIT, control.rendezvous.create_stream(record, limits)).await {
+            Ok(Ok(())) => {}
+            Ok(Err(CreateError::Limit(limit))) => return Err(limit.into()),
+            Ok(Err(CreateError::Store(error))) => return Err(store_problem(&error)),
+            Err(_) => return Err(store_problem(&StoreError("it took too long".to_owned()))),
+        }
+        self.owner = Some(owner.clone());
+        Ok(owner)
+    }
+
+    fn ticket(&self, role: Role, owner: &Owner) -> Ticket {
+        let passed = self.started.elapsed();
+        let left = self.control.settings.handshake_limit.saturating_sub(passed);
+        Ticket {
+            stream: self.stream,
+            role,
+            owner: owner.clone(),
+            address: self.address.clone(),
+            name: self.request.name.clone(),
+            credential: self.service.name.clone(),
+            credential_expires: self.service.expires,
+            expires: clock::unix().plus(left),
+            trace: self.trace,
+        }
+    }
+
+    /// Waits for the device, asks it, and waits for its answer. A device whose link is replaced is asked again.
+    async fn ask(&self, service_ticket: &Ticket, timeouts: Timeouts) -> Result<Capabilities, Problem> {
+        let control = &self.control;
+        let device_ticket = Ticket { role: Role::Device, ..service_ticket.clone() };
+        let ticket = control.secrets.ticket_keys().sign(&device_ticket).map_err(|_| cannot_sign())?;
+        let mut question = control.links.ask(RequestId::from_random(clock::random()), &self.address);
+        let request = question.request;
+        let last = self.started + answer_by(control.settings.handshake_limit);
+        let mut deadline = self.started + timeouts.connect;
+        let mut asked = false;
+        let closing = async {
+            control.lifecycle.closing().cancelled().await;
+            tokio::time::sleep(CLOSING_GRACE).await;
+        };
+        tokio::pin!(closing);
+        loop {
+            let online = tokio::select! {
+                biased;
+                answer = question.answer() => return verdict(answer),
+                online = timeout_at(deadline, control.links.wait_for(&self.address)) => online.is_ok(),
+                () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
+            };
+            if !online {
+                return Err(self.offline());
+            }
+            if !asked {
+                asked = true;
+                deadline = (Instant::now() + timeouts.response).min(last);
+            }
+            let invitation = Invitation {
+                request,
+                stream: self.stream,
+                name: self.request.name.clone(),
+                url: self.leg_url(Role::Device),
+                ticket: ticket.clone(),
+                expires: device_ticket.expires,
+                answer_within_ms: u64::try_from(
+                    deadline.saturating_duration_since(Instant::now()).as_millis(),
+                )
+                .unwrap_or(u64::MAX),
+                capabilities: self.request.capabilities.clone(),
+                metadata: self.request.metadata.clone(),
+                traceparent: self.trace.child(clock::random_u64()),
+            };
+            let gone = match control.links.invite(&self.address, invitation) {
+                Ok(gone) => gone,
+                Err(InviteError::QueueFull) => {
+                    return Err(Problem::from_close(CloseReason::InvitationFailed));
+                }
+                Err(InviteError::Offline) => {
+                    // It left between the look and the call.
+                    tokio::task::yield_now().await;
+                    continue;
+                }
+            };
+            tokio::select! {
+                biased;
+                answer = question.answer() => return verdict(answer),
+                () = gone.cancelled() => {}
+                () = sleep_until(deadline) => return Err(Problem::from_close(CloseReason::DeviceSilent)),
+                () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
+            }
+        }
+    }
+
+    fn offline(&self) -> Problem {
+        let detail = format!(
+            "device {} is not connected to the relay; start it, or wait longer with connect_timeout_seconds",
+            self.address
+        );
+        Problem::new(CloseReason::DeviceOffline.into(), detail)
+    }
+
+    fn leg_url(&self, role: Role) -> String {
+        let base = &self.control.edge_url;
+        let base = match base.split_once("://") {
+            Some(("http", rest)) => format!("ws://{rest}"),
+            Some((_, rest)) => format!("wss://{rest}"),
+            None => format!("wss://{base}"),
+        };
+        format!("{base}/bridges/{}/{role}", self.stream)
+    }
+
+    /// Logs, counts and records what came of the request, and ends the stream if nothing did.
+    async fn over(&mut self, result: Result<(), &Problem>) {
+        self.over = true;
+        self.tell(result);
+        if let (Err(problem), Some(owner)) = (result, &self.owner) {
+            let reason = problem.close_reason().unwrap_or(CloseReason::RelayFailed);
+            self.control.end_attempt(self.stream, owner, reason).await;
+        }
+    }
+
+    fn tell(&self, result: Result<(), &Problem>) {
+        let took = self.started.elapsed();
+        let name = result.err().and_then(Problem::name);
+        self.control.metrics.initiation(name.unwrap_or("accepted"));
+        let _entered = self.span.enter();
+        let (credential, stream_name, took_ms) = (&self.service.name, &self.request.name, took.as_millis());
+        match name {
+            None => info!(credential, stream.name = %stream_name, took_ms, "device accepted"),
+            Some(reason) => info!(credential, stream.name = %stream_name, took_ms, reason, "no stream"),
+        }
+        let subject = Subject {
+            stream: Some(self.stream),
+            address: &self.address,
+            name: Some(&self.request.name),
+            credential: &self.service.name,
+        };
+        self.control.activity.initiation(&subject, result, clock::unix(), took);
+    }
+}
+
+impl Drop for Attempt {
+    fn drop(&mut self) {
+        if self.over {
+            return;
+        }
+        // The service hung up, and hyper dropped the future that waited.
+        let problem = Problem::from_close(CloseReason::ServiceGaveUp);
+        self.tell(Err(&problem));
+        if let Some(owner) = self.owner.take() {
+            let (control, stream) = (Arc::clone(&self.control), self.stream);
+            self.control.lifecycle.spawn(self.span.clone(), async move {
+                control.end_attempt(stream, &owner, CloseReason::ServiceGaveUp).await;
+            });
+        }
+    }
+}
+
+fn verdict(answer: Option<Answer>) -> Result<Capabilities, Problem> {
+    match answer {
+        Some(Answer::Accepted(capabilities)) => Ok(capabilities),
+        Some(Answer::Rejected(reason)) => {
+            let said = if reason.is_empty() {
+                "the device gave no reason".to_owned()
+            } else {
+                format!("the device said: {reason}")
+            };
+            let mut problem = Problem::new(CloseReason::DeviceRejected.into(), said);
+            problem.device_reason = Some(reason);
+            Err(problem)
+        }
+        None => Err(Problem::from_close(CloseReason::InvitationFailed)),
+    }
+}
+
+fn store_problem(error: &StoreError) -> Problem {
+    warn!(%error, "the rendezvous store failed");
+    Problem::new(ProblemKind::Unavailable, "the relay's store does not answer; try again")
+}
+
+fn cannot_sign() -> Problem {
+    Problem::new(ProblemKind::Internal, "a ticket could not be signed")
+}

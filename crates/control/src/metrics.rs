@@ -1,0 +1,62 @@
+use midspan_core::{credential::AuthError, link::GoodbyeReason};
+use midspan_platform::metrics::Metrics;
+use prometheus::{IntCounter, IntCounterVec, IntGauge};
+
+/// The metrics of the control plane.
+#[derive(Debug, Clone)]
+pub(crate) struct ControlMetrics {
+    pub(crate) device_links: IntGauge,
+    pub(crate) waiting_initiations: IntGauge,
+    pub(crate) unexpected_answers: IntCounter,
+    initiations: IntCounterVec,
+    auth_failures: IntCounterVec,
+    goodbyes: IntCounterVec,
+}
+
+impl ControlMetrics {
+    pub(crate) fn new(metrics: &Metrics) -> Self {
+        let this = Self {
+            device_links: metrics.gauge("midspan_control_device_links", "Open device links."),
+            waiting_initiations: metrics.gauge(
+                "midspan_control_waiting_initiations",
+                "Requests for streams that wait for a device or its answer.",
+            ),
+            unexpected_answers: metrics.counter(
+                "midspan_control_unexpected_answers_total",
+                "Answers of devices that nobody waited for: second ones, late ones, invented ones.",
+            ),
+            initiations: metrics.counters(
+                "midspan_control_initiations_total",
+                "Requests for streams, by result: accepted, or the name of the problem that the service was told.",
+                "result",
+            ),
+            auth_failures: metrics.counters(
+                "midspan_control_auth_failures_total",
+                "Requests whose sender could not show who it is, by reason.",
+                "reason",
+            ),
+            goodbyes: metrics.counters(
+                "midspan_control_goodbyes_total",
+                "Device links that the relay closed, by reason; the reasons stand in docs/protocol.md.",
+                "reason",
+            ),
+        };
+        this.initiations.with_label_values(&["accepted"]);
+        for label in AuthError::LABELS {
+            this.auth_failures.with_label_values(&[label]);
+        }
+        this
+    }
+
+    pub(crate) fn initiation(&self, result: &str) {
+        self.initiations.with_label_values(&[result]).inc();
+    }
+
+    pub(crate) fn auth_failure(&self, error: &AuthError) {
+        self.auth_failures.with_label_values(&[error.label()]).inc();
+    }
+
+    pub(crate) fn goodbye(&self, reason: GoodbyeReason) {
+        self.goodbyes.with_label_values(&[reason.label()]).inc();
+    }
+}

@@ -1,0 +1,61 @@
+//! `midspand control`: the control plane alone.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use anyhow::Context as _;
+use clap::Args;
+use midspan_control::{Control, ControlParts, ControlSettings};
+use midspan_platform::{
+    http::handler, listener::Listener, owners::NoOwners, rendezvous::MemoryRendezvous, telemetry::LogSettings,
+};
+use tracing::warn;
+
+use crate::server::{self, DrainSettings, ServerSettings};
+
+#[derive(Debug, Args)]
+pub(crate) struct ControlArguments {
+    /// Public address of the API and of device links
+    #[arg(long, env = "MIDSPAN_LISTEN", default_value = "0.0.0.0:8443", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    #[command(flatten)]
+    control: ControlSettings,
+    #[command(flatten)]
+    server: ServerSettings,
+    #[command(flatten)]
+    drain: DrainSettings,
+    #[command(flatten)]
+    pub(crate) log: LogSettings,
+}
+
+pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
+    let ControlArguments { listen, control: settings, server: server_settings, drain, log: _ } = arguments;
+    let credentials = settings.credentials_file.clone().context("--credentials-file is missing")?;
+    let edge_url = settings.edge_url.clone().context("--edge-url is missing")?;
+    let hosts = settings.public_hosts.clone();
+    anyhow::ensure!(!hosts.is_empty(), "--public-host is missing: the host name that credentials name");
+    let public = Listener::bind("public", listen).await?;
+    let process = server_settings.prepare().await?;
+    let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
+    warn!("the memory store is not shared: no edge in another process can be seen from here");
+    let control = Control::start(ControlParts {
+        credentials: server_settings.secrets.credentials(credentials, &process.lifecycle).await?,
+        settings,
+        hosts,
+        edge_url,
+        secrets: process.secrets.clone(),
+        lifecycle: process.lifecycle.clone(),
+        metrics: process.metrics.clone(),
+        rendezvous: Arc::new(MemoryRendezvous::new()),
+        owners: Arc::new(NoOwners),
+        activity: process.activity.clone(),
+    });
+    let api = Arc::clone(&control);
+    let lifecycle = process.serve(
+        &server_settings,
+        public,
+        tls,
+        handler(move |request| Arc::clone(&api).handle(request)),
+    );
+    server::run(lifecycle, drain, control.drain()).await;
+    Ok(())
+}

@@ -1,0 +1,55 @@
+//! `midspand edge`: the streaming edge alone.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use clap::Args;
+use midspan_core::{id::Incarnation, ticket::Owner};
+use midspan_edge::{Edge, EdgeParts, EdgeSettings};
+use midspan_platform::{
+    clock, http::handler, listener::Listener, rendezvous::MemoryRendezvous, telemetry::LogSettings,
+};
+use tracing::warn;
+
+use crate::server::{self, DrainSettings, ServerSettings};
+
+#[derive(Debug, Args)]
+pub(crate) struct EdgeArguments {
+    /// Public address of the legs
+    #[arg(long, env = "MIDSPAN_LISTEN", default_value = "0.0.0.0:8444", value_name = "ADDRESS")]
+    listen: SocketAddr,
+    #[command(flatten)]
+    edge: EdgeSettings,
+    #[command(flatten)]
+    server: ServerSettings,
+    #[command(flatten)]
+    drain: DrainSettings,
+    #[command(flatten)]
+    pub(crate) log: LogSettings,
+}
+
+pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
+    let EdgeArguments { listen, edge: settings, server: server_settings, drain, log: _ } = arguments;
+    let public = Listener::bind("public", listen).await?;
+    let process = server_settings.prepare().await?;
+    let tls = server_settings.tls(&[], &process.lifecycle).await?;
+    warn!("the memory store is not shared: no control plane in another process can place streams here");
+    let owner = Owner {
+        name: settings.edge_name.clone(),
+        incarnation: Incarnation::from_random(clock::random()),
+        address: String::new(),
+    };
+    let edge = Edge::start(EdgeParts {
+        settings,
+        owner,
+        secrets: process.secrets.clone(),
+        lifecycle: process.lifecycle.clone(),
+        metrics: process.metrics.clone(),
+        rendezvous: Arc::new(MemoryRendezvous::new()),
+        activity: process.activity.clone(),
+    });
+    let legs = Arc::clone(&edge);
+    let answers = handler(move |request| std::future::ready(legs.handle(request)));
+    let lifecycle = process.serve(&server_settings, public, tls, answers);
+    server::run(lifecycle, drain, edge.drain(drain.drain_grace)).await;
+    Ok(())
+}

@@ -1,0 +1,5 @@
+//! The roles that one process can have.
+
+pub(crate) mod control;
+pub(crate) mod dev;
+pub(crate) mod edge;

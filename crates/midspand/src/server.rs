@@ -1,0 +1,157 @@
+//! What all roles share: listeners, the admin port, and the way down.
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::bail;
+use clap::Args;
+use midspan_platform::{
+    activity::ActivityLog,
+    admin::admin,
+    http::Handler,
+    lifecycle::Lifecycle,
+    listener::{Listener, ListenerMetrics, ListenerSettings},
+    metrics::Metrics,
+    secrets::{SecretSettings, Secrets},
+    tls::{self, TlsFiles},
+};
+use rustls::ServerConfig;
+use tracing::{Span, info, warn};
+
+/// Where a process listens, and how it ends.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Server")]
+pub(crate) struct ServerSettings {
+    /// Address of /livez, /readyz and /metrics (plain HTTP)
+    #[arg(long, env = "MIDSPAN_ADMIN_LISTEN", default_value = "127.0.0.1:9090", value_name = "ADDRESS")]
+    pub(crate) admin_listen: SocketAddr,
+    /// TLS certificate chain (PEM), read again when it changes
+    #[arg(long, env = "MIDSPAN_TLS_CERTIFICATE", value_name = "FILE", requires = "tls_key")]
+    pub(crate) tls_certificate: Option<PathBuf>,
+    /// Private key of the certificate (PEM)
+    #[arg(long, env = "MIDSPAN_TLS_KEY", value_name = "FILE", requires = "tls_certificate")]
+    pub(crate) tls_key: Option<PathBuf>,
+    /// Serve without TLS; credentials and payload travel in the clear
+    #[arg(long, env = "MIDSPAN_INSECURE_PLAINTEXT", conflicts_with_all = ["tls_certificate", "tls_key"])]
+    pub(crate) insecure_plaintext: bool,
+    /// File for the activity log, one JSON record a line; standard output without one
+    #[arg(long, env = "MIDSPAN_ACTIVITY_LOG", value_name = "FILE")]
+    pub(crate) activity_log: Option<PathBuf>,
+    #[command(flatten)]
+    pub(crate) connections: ListenerSettings,
+    #[command(flatten)]
+    pub(crate) secrets: SecretSettings,
+}
+
+/// How long a process takes to go down.
+#[derive(Debug, Clone, Copy, Args)]
+#[command(next_help_heading = "Drain")]
+pub(crate) struct DrainSettings {
+    /// After the first signal, serve as usual for this long, while balancers notice that /readyz says no
+    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_parser = humantime::parse_duration)]
+    pub(crate) drain_delay: Duration,
+    /// Then let streams end by themselves for this long, before they are closed with 1012
+    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "30s", value_parser = humantime::parse_duration)]
+    pub(crate) drain_grace: Duration,
+}
+
+/// A process that has not begun to listen yet.
+#[derive(Debug)]
+pub(crate) struct Process {
+    pub(crate) lifecycle: Lifecycle,
+    pub(crate) metrics: Metrics,
+    pub(crate) secrets: Secrets,
+    pub(crate) activity: ActivityLog,
+    admin: Listener,
+    listener_metrics: ListenerMetrics,
+}
+
+/// How long tasks may take to end once everything has been told to.
+const LAST_TASKS: Duration = Duration::from_secs(10);
+
+/// How long they may take when the process is stopped hard.
+const LAST_TASKS_HARD: Duration = Duration::from_secs(1);
+
+impl ServerSettings {
+    /// Reads secrets and takes the admin port.
+    pub(crate) async fn prepare(&self) -> anyhow::Result<Process> {
+        let lifecycle = Lifecycle::new();
+        let metrics = Metrics::new();
+        let secrets = Secrets {
+            tickets: self.secrets.ticket_keys(&lifecycle).await?,
+            deny: self.secrets.deny_list(&lifecycle).await?,
+        };
+        Ok(Process {
+            activity: ActivityLog::start(self.activity_log.clone(), &lifecycle, &metrics).await?,
+            admin: Listener::bind("admin", self.admin_listen).await?,
+            listener_metrics: ListenerMetrics::new(&metrics),
+            lifecycle,
+            metrics,
+            secrets,
+        })
+    }
+
+    /// The TLS configuration of the public listener, or `None` for plaintext.
+    pub(crate) async fn tls(
+        &self,
+        hosts: &[String],
+        lifecycle: &Lifecycle,
+    ) -> anyhow::Result<Option<Arc<ServerConfig>>> {
+        let files = match (&self.tls_certificate, &self.tls_key) {
+            (Some(certificate), Some(key)) => TlsFiles { certificate: certificate.clone(), key: key.clone() },
+            _ if self.insecure_plaintext => {
+                warn!("serving without TLS: credentials and payload travel in the clear");
+                return Ok(None);
+            }
+            _ => bail!("give --tls-certificate and --tls-key, or --insecure-plaintext"),
+        };
+        let interval = self.secrets.reload_interval;
+        Ok(Some(tls::server_config(files, hosts.to_vec(), interval, lifecycle).await?))
+    }
+}
+
+impl Process {
+    /// Begins to accept connections.
+    pub(crate) fn serve(
+        self,
+        settings: &ServerSettings,
+        public: Listener,
+        tls: Option<Arc<ServerConfig>>,
+        handler: Handler,
+    ) -> Lifecycle {
+        let Self { lifecycle, metrics, admin: admin_listener, listener_metrics, .. } = self;
+        let answers = admin(lifecycle.clone(), metrics);
+        admin_listener.serve(None, &settings.connections, &listener_metrics, &lifecycle, answers);
+        public.serve(tls, &settings.connections, &listener_metrics, &lifecycle, handler);
+        lifecycle.set_ready();
+        lifecycle
+    }
+}
+
+/// Serves until a signal comes, drains, and waits until everything has ended.
+///
+/// `drain` is what the roles have to do once nothing new is taken any more.
+pub(crate) async fn run(lifecycle: Lifecycle, settings: DrainSettings, drain: impl Future<Output = ()>) {
+    let signals = lifecycle.clone();
+    lifecycle.spawn(Span::current(), async move {
+        if let Err(error) = signals.watch_signals().await {
+            warn!(%error, "signals cannot be watched");
+        }
+    });
+    lifecycle.draining().cancelled().await;
+    let drained = async {
+        tokio::time::sleep(settings.drain_delay).await;
+        info!("draining: no new streams and links");
+        lifecycle.closing().cancel();
+        drain.await;
+    };
+    let limit = tokio::select! {
+        () = drained => LAST_TASKS,
+        () = lifecycle.stopped().cancelled() => LAST_TASKS_HARD,
+    };
+    lifecycle.closing().cancel();
+    lifecycle.stopped().cancel();
+    match tokio::time::timeout(limit, lifecycle.finished()).await {
+        Ok(()) => info!("everything has ended"),
+        Err(_) => warn!("tasks were left behind"),
+    }
+}
