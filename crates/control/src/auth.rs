@@ -19,11 +19,10 @@ impl Control {
     pub(crate) fn service(&self, request: &HttpRequest) -> Result<ServiceIdentity, Problem> {
         let header = header_value(request, header::AUTHORIZATION);
         let found = self.credentials.current().authenticate_service(header, &self.hosts, clock::unix());
-        let allowed =
-            found.and_then(|service| match self.secrets.deny.current().has_service(&service.name) {
-                true => Err(AuthError::Revoked),
-                false => Ok(service),
-            });
+        let deny = self.secrets.deny.current();
+        let allowed = found.and_then(|service| {
+            if deny.has_service(&service.name) { Err(AuthError::Revoked) } else { Ok(service) }
+        });
         let service = allowed.map_err(|error| self.refuse(&error))?;
         authenticated(request);
         Ok(service)

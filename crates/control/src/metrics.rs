@@ -45,6 +45,9 @@ impl ControlMetrics {
         for label in AuthError::LABELS {
             this.auth_failures.with_label_values(&[label]);
         }
+        for reason in GoodbyeReason::ALL {
+            this.goodbyes.with_label_values(&[reason.label()]);
+        }
         this
     }
 

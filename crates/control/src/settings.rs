@@ -17,28 +17,28 @@ pub struct ControlSettings {
     #[arg(long, env = "MIDSPAN_EDGE_URL", value_name = "URL")]
     pub edge_url: Option<String>,
     /// From the request for a stream until both legs are joined, at most 60s; the device has five sixths of it
-    #[arg(long, env = "MIDSPAN_HANDSHAKE_LIMIT", default_value = "60s", value_parser = handshake_limit)]
+    #[arg(long, env = "MIDSPAN_HANDSHAKE_LIMIT", default_value = "60s", value_name = "TIME", value_parser = handshake_limit)]
     pub handshake_limit: Duration,
     /// How often a device link is pinged
-    #[arg(long, env = "MIDSPAN_LINK_PING", default_value = "25s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LINK_PING", default_value = "25s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub link_ping: Duration,
     /// A device link on which nothing comes for this long is given up
-    #[arg(long, env = "MIDSPAN_LINK_SILENCE", default_value = "1m", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LINK_SILENCE", default_value = "1m", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub link_silence: Duration,
     /// Device links of this process
-    #[arg(long, env = "MIDSPAN_LIMIT_DEVICE_LINKS", default_value_t = 15_000)]
+    #[arg(long, env = "MIDSPAN_LIMIT_DEVICE_LINKS", default_value_t = 15_000, value_name = "N")]
     pub limit_device_links: usize,
     /// Streams of one device at a time, half-open ones included
-    #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_DEVICE", default_value_t = 100)]
+    #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_DEVICE", default_value_t = 100, value_name = "N")]
     pub limit_streams_per_device: u64,
     /// Streams of one service credential at a time, half-open ones included
-    #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_SERVICE", default_value_t = 10_000)]
+    #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_SERVICE", default_value_t = 10_000, value_name = "N")]
     pub limit_streams_per_service: u64,
     /// Requests for streams per second and service credential
-    #[arg(long, env = "MIDSPAN_LIMIT_INITIATIONS_PER_SECOND", default_value_t = 100)]
+    #[arg(long, env = "MIDSPAN_LIMIT_INITIATIONS_PER_SECOND", default_value_t = 100, value_name = "N")]
     pub limit_initiations_per_second: u32,
     /// Requests for streams that wait for a device at a time
-    #[arg(long, env = "MIDSPAN_LIMIT_WAITING_INITIATIONS", default_value_t = 4000)]
+    #[arg(long, env = "MIDSPAN_LIMIT_WAITING_INITIATIONS", default_value_t = 4000, value_name = "N")]
     pub limit_waiting_initiations: usize,
 }
 

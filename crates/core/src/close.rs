@@ -133,8 +133,6 @@ reasons! {
     CredentialExpired: "credential_expired", 410, 1008, Service, true, Info, "the credential that opened this stream has expired";
     /// The edge is going away in good order.
     Draining: "draining", 503, 1012, Relay, true, Info, "the relay is restarting; open a new stream";
-    /// The edge that owned the stream is gone.
-    EdgeLost: "edge_lost", 503, 1011, Relay, true, Error, "the edge that carried this stream is gone";
     /// The relay itself failed.
     RelayFailed: "relay_failed", 500, 1011, Relay, true, Error, "the relay failed";
 }

@@ -107,6 +107,16 @@ pub enum GoodbyeReason {
 }
 
 impl GoodbyeReason {
+    /// The reasons that this release gives.
+    pub const ALL: [Self; 6] = [
+        Self::Replaced,
+        Self::Draining,
+        Self::CredentialExpired,
+        Self::Revoked,
+        Self::BadMessage,
+        Self::Stalled,
+    ];
+
     /// The reason in metrics, logs and close frames.
     pub fn label(self) -> &'static str {
         match self {

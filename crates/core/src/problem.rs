@@ -26,8 +26,6 @@ pub enum ProblemKind {
     MethodNotAllowed,
     /// The body is too long.
     BodyTooLarge,
-    /// The header is too long.
-    HeaderTooLarge,
     /// The body is not announced as JSON.
     NotJson,
     /// A WebSocket upgrade is needed here.
@@ -72,7 +70,7 @@ pub struct ProblemRow {
 
 impl ProblemKind {
     /// Every kind but those that come from a [`CloseReason`].
-    pub const OWN: [Self; 19] = [
+    pub const OWN: [Self; 18] = [
         Self::BadRequest,
         Self::Unauthorized,
         Self::NotAllowed,
@@ -81,7 +79,6 @@ impl ProblemKind {
         Self::StreamUnknown,
         Self::MethodNotAllowed,
         Self::BodyTooLarge,
-        Self::HeaderTooLarge,
         Self::NotJson,
         Self::UpgradeRequired,
         Self::TicketInvalid,
@@ -109,7 +106,6 @@ impl ProblemKind {
                 row("method_not_allowed", 405, "another method is needed", caller, false)
             }
             Self::BodyTooLarge => row("body_too_large", 413, "the body is too long", caller, false),
-            Self::HeaderTooLarge => row("header_too_large", 431, "the header is too long", caller, false),
             Self::NotJson => row("not_json", 415, "the body must be JSON", caller, false),
             Self::UpgradeRequired => row("upgrade_required", 426, "a WebSocket is needed", caller, false),
             Self::TicketInvalid => row("ticket_invalid", 401, "not a ticket of this relay", caller, false),

@@ -1,4 +1,4 @@
-use midspan_core::{close::CloseReason, id::Role};
+use midspan_core::{close::CloseReason, id::Role, problem::ProblemKind};
 use midspan_platform::metrics::{Counted, Metrics};
 use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
 
@@ -46,6 +46,9 @@ impl EdgeMetrics {
         }
         for reason in CloseReason::ALL {
             this.ends.with_label_values(&[reason.label()]);
+        }
+        for kind in [ProblemKind::TicketInvalid, ProblemKind::TicketExpired, ProblemKind::LegTaken] {
+            this.refusals.with_label_values(&[kind.row().name]);
         }
         this
     }

@@ -13,7 +13,10 @@ use midspan_core::{
 };
 use midspan_platform::{
     clock,
-    http::{HttpRequest, HttpResponse, authenticated, empty, header as header_value, problem, websocket_key},
+    http::{
+        HttpRequest, HttpResponse, authenticated, client_address, empty, header as header_value, problem,
+        websocket_key,
+    },
     listener::Connection,
     metrics::Counted,
 };
@@ -62,7 +65,8 @@ impl Edge {
 
         let counted = self.metrics.leg(role);
         let edge = Arc::clone(self);
-        let span = info_span!("leg", stream.id = %stream, %role, trace.id = ticket.trace.trace_id());
+        let client = client_address(&request);
+        let span = info_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
         self.lifecycle.spawn(span, async move {
             let upgraded = hyper::upgrade::on(&mut request);
             match timeout(UPGRADE_LIMIT, upgraded).await {

@@ -47,10 +47,10 @@ pub(crate) struct ServerSettings {
 #[command(next_help_heading = "Drain")]
 pub(crate) struct DrainSettings {
     /// After the first signal, serve as usual for this long, while balancers notice that /readyz says no
-    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) drain_delay: Duration,
     /// Then let streams end by themselves for this long, before they are closed with 1012
-    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "30s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "30s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) drain_grace: Duration,
 }
 

@@ -54,6 +54,11 @@ pub fn authenticated<B>(request: &Request<B>) {
     }
 }
 
+/// Where the sender of `request` connects from, for the log.
+pub fn client_address<B>(request: &Request<B>) -> Option<String> {
+    request.extensions().get::<Arc<Peer>>().map(|peer| peer.address.to_string())
+}
+
 /// The value of a header, when it is there once and readable.
 pub fn header<B>(request: &Request<B>, name: impl header::AsHeaderName) -> Option<&str> {
     let mut values = request.headers().get_all(name).iter();

@@ -34,13 +34,13 @@ use crate::{
 #[command(next_help_heading = "Limits on connections")]
 pub struct ListenerSettings {
     /// Connections at a time, of all kinds
-    #[arg(long, env = "MIDSPAN_MAX_CONNECTIONS", default_value_t = 16_000)]
+    #[arg(long, env = "MIDSPAN_MAX_CONNECTIONS", default_value_t = 16_000, value_name = "N")]
     pub max_connections: usize,
     /// Connections at a time whose peer has not shown who it is
-    #[arg(long, env = "MIDSPAN_MAX_UNAUTHENTICATED", default_value_t = 1024)]
+    #[arg(long, env = "MIDSPAN_MAX_UNAUTHENTICATED", default_value_t = 1024, value_name = "N")]
     pub max_unauthenticated: usize,
     /// Time for the TLS handshake, and again for each request's header
-    #[arg(long, env = "MIDSPAN_HEADER_LIMIT", default_value = "10s", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_HEADER_LIMIT", default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub header_limit: Duration,
 }
 
@@ -58,7 +58,7 @@ pub struct ListenerMetrics {
 impl ListenerMetrics {
     /// Registers the metrics.
     pub fn new(metrics: &Metrics) -> Self {
-        Self {
+        let this = Self {
             connections: metrics.gauges(
                 "midspan_listener_connections",
                 "Open connections, by listener.",
@@ -74,7 +74,14 @@ impl ListenerMetrics {
                 "TLS handshakes that failed or took too long, by cause.",
                 "cause",
             ),
+        };
+        for limit in ["connections", "unauthenticated"] {
+            this.refused.with_label_values(&[limit]);
         }
+        for cause in ["protocol", "timeout"] {
+            this.tls_failures.with_label_values(&[cause]);
+        }
+        this
     }
 }
 

@@ -15,7 +15,7 @@ use midspan_core::{
 };
 use midspan_platform::{
     clock,
-    http::{HttpRequest, HttpResponse, REQUEST_ID, problem},
+    http::{HttpRequest, HttpResponse, REQUEST_ID, client_address, problem},
 };
 use percent_encoding::percent_decode_str;
 use tracing::{Instrument as _, debug, info_span};
@@ -32,8 +32,13 @@ impl Control {
     /// Answers a request to the API, or opens a device link.
     pub async fn handle(self: Arc<Self>, request: HttpRequest) -> HttpResponse {
         let id = format!("{:032x}", clock::random());
-        let span =
-            info_span!("request", request.id = id, method = %request.method(), path = request.uri().path());
+        let span = info_span!(
+            "request",
+            request.id = id,
+            client.address = client_address(&request),
+            method = %request.method(),
+            path = request.uri().path()
+        );
         async {
             match self.route(request).await {
                 Ok(mut response) => {

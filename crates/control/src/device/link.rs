@@ -15,7 +15,7 @@ use midspan_core::{
 };
 use midspan_platform::{
     clock,
-    http::{HttpRequest, HttpResponse, empty},
+    http::{HttpRequest, HttpResponse, client_address, empty},
     metrics::Counted,
 };
 use tokio::time::{Instant, timeout};
@@ -81,7 +81,8 @@ impl Control {
         headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
 
         let control = Arc::clone(self);
-        let span = info_span!("link", device.id = %address);
+        let span =
+            info_span!(parent: None, "link", device.id = %address, client.address = client_address(&request));
         self.lifecycle.spawn(span, async move {
             match timeout(UPGRADE_LIMIT, hyper::upgrade::on(&mut request)).await {
                 Ok(Ok(upgraded)) => control.run_link(device, upgraded).await,
