@@ -19,6 +19,7 @@ use tokio_tungstenite::{
         protocol::{Role, WebSocketConfig},
     },
 };
+use tracing::debug;
 
 use crate::{
     clock::{Clock, SystemClock, difference},
@@ -131,6 +132,16 @@ pub enum RequestError {
 }
 
 impl RequestError {
+    /// Whether the connection broke, and another one may do: the relay did not refuse.
+    fn is_broken_dial(&self) -> bool {
+        match self {
+            Self::Dial(_) | Self::Lost { .. } | Self::Timeout { .. } => true,
+            // The relay has not noticed yet that the connection before this one is gone.
+            Self::Refused(problem) => problem.name() == Some("leg_taken"),
+            Self::Status { .. } | Self::Answer { .. } | Self::Url(_) | Self::Request(_) => false,
+        }
+    }
+
     /// The relay's problem document, when it was the relay that refused.
     pub fn problem(&self) -> Option<&Problem> {
         if let Self::Refused(problem) = self { Some(problem) } else { None }
@@ -218,7 +229,7 @@ impl Relay {
         Err(RequestError::Answer { authority: self.connection.host.clone(), reason })
     }
 
-    /// Opens a leg with its ticket.
+    /// Opens a leg with its ticket. A dial that breaks on the way is repeated: until the legs are joined, the ticket stays good.
     pub(crate) async fn leg(
         &self,
         url: &str,
@@ -227,8 +238,21 @@ impl Relay {
     ) -> Result<WebSocketStream<Connection>, RequestError> {
         let uri = leg_uri(url).ok_or_else(|| RequestError::Url(url.to_owned()))?;
         let bearer = SecretString::from(format!("Bearer {}", ticket.expose_secret()));
-        let request = Request::builder().header(header::AUTHORIZATION, secret_header(&bearer)?);
-        Ok(self.upgrade(&uri, request, config).await?.0)
+        let mut pauses = LEG_PAUSES.into_iter();
+        loop {
+            let request = Request::builder().header(header::AUTHORIZATION, secret_header(&bearer)?);
+            match Box::pin(self.upgrade(&uri, request, config)).await {
+                Ok((socket, _)) => return Ok(socket),
+                Err(error) if !error.is_broken_dial() => return Err(error),
+                Err(error) => match pauses.next() {
+                    None => return Err(error),
+                    Some(pause) => {
+                        debug!("the leg could not be opened: {error}; trying again");
+                        tokio::time::sleep(pause).await;
+                    }
+                },
+            }
+        }
     }
 
     async fn upgrade(
@@ -345,6 +369,9 @@ fn date(head: &response::Parts) -> Option<UnixTime> {
 
 /// For an answer that the relay gives by itself, once the connection stands.
 pub(crate) const CALL_TIMEOUT: Duration = Duration::from_secs(15);
+
+/// The pauses before a leg is dialled again.
+const LEG_PAUSES: [Duration; 2] = [Duration::from_millis(300), Duration::from_millis(1500)];
 
 #[cfg(test)]
 mod tests {

@@ -120,7 +120,12 @@ impl Edge {
             End::BySplice(told) => {
                 let _ = timeout(END_LIMIT, told.cancelled()).await;
             }
-            End::Here(facts) => self.report(&facts, unused(reason)).await,
+            End::Here(facts, told) => {
+                self.report(&facts, unused(reason)).await;
+                if let Some(told) = told {
+                    let _ = timeout(END_LIMIT, told.cancelled()).await;
+                }
+            }
             End::Unseen | End::Already => {}
         }
     }
@@ -146,7 +151,10 @@ impl Edge {
                 };
                 match waited {
                     Waited::Joined(first, second) => Box::pin(self.run_stream(place, first, second)).await,
-                    Waited::Ended(leg, reason) => leg::dismiss(leg, reason).await,
+                    Waited::Ended(leg, reason) => {
+                        leg::dismiss(leg, reason).await;
+                        place.told();
+                    }
                     Waited::Gone => info!("leg went away before the other one came"),
                 }
             }

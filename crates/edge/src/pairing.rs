@@ -81,8 +81,8 @@ pub enum Next {
 pub enum End {
     /// It was joined: its splice ends it, and reports. The token is cancelled once its legs have been told.
     BySplice(CancellationToken),
-    /// It was half open: the caller reports. Waiting legs are told.
-    Here(Arc<StreamFacts>),
+    /// It was half open: the caller reports. The token, if there is one, is cancelled once the waiting leg has been told.
+    Here(Arc<StreamFacts>, Option<CancellationToken>),
     /// No leg had come. Legs that come later are refused.
     Unseen,
     /// It had ended before.
@@ -136,7 +136,7 @@ impl Pairing {
         entry.end.send_replace(Some(reason));
         match &entry.facts {
             _ if joined => End::BySplice(entry.told.clone()),
-            Some(facts) => End::Here(Arc::clone(facts)),
+            Some(facts) => End::Here(Arc::clone(facts), entry.waiting.as_ref().map(|_| entry.told.clone())),
             None => End::Unseen,
         }
     }
@@ -237,7 +237,7 @@ impl Place {
         entries.get_mut(&self.facts.stream).map_or(reason, |entry| entry.session.end(reason).0)
     }
 
-    /// Both legs have been told of the end.
+    /// The legs have been told of the end.
     pub fn told(&self) {
         self.told.cancel();
     }

@@ -24,7 +24,7 @@ pub struct EdgeSettings {
     /// A leg that takes no byte for this long, although some wait for it, is ended
     #[arg(long, env = "MIDSPAN_STALL_LIMIT", default_value = "15m", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub stall_limit: Duration,
-    /// At a clean end, a leg that takes no byte for this long loses the rest
+    /// At a clean end, a leg that takes no byte for this long loses the rest; so does one that needs longer than the stall limit
     #[arg(long, env = "MIDSPAN_CLOSE_LIMIT", default_value = "1m", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub close_limit: Duration,
 }

@@ -72,7 +72,7 @@ pub async fn splice<IO: AsyncRead + AsyncWrite + Unpin>(
     let ending = stream.run(limits, end).await;
     let reason = ending.reason();
     let (bytes_to_device, bytes_to_service) = (stream.service.payload, stream.device.payload);
-    stream.finish(ending, limits.close).await;
+    stream.finish(ending, Patience { pause: limits.close, whole: limits.stall.max(limits.close) }).await;
     Spliced { reason, bytes_to_device, bytes_to_service }
 }
 
@@ -99,6 +99,18 @@ impl Ending {
         }
     }
 }
+
+/// How long a leg may take for what it is owed at the end.
+#[derive(Debug, Clone, Copy)]
+struct Patience {
+    /// Without taking a byte.
+    pause: Duration,
+    /// In all.
+    whole: Duration,
+}
+
+/// For ends that owe nothing but the close frame.
+const HASTE: Patience = Patience { pause: FAREWELL, whole: FAREWELL };
 
 struct Stream<IO> {
     service: Half<IO>,
@@ -162,31 +174,31 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     }
 
     /// Tells both legs. A clean end first delivers everything that was sent before it.
-    async fn finish(mut self, ending: Ending, close_limit: Duration) {
+    async fn finish(mut self, ending: Ending, patience: Patience) {
         match ending {
             Ending::Closed { role, code, text } => {
                 let frame = CloseFrame { code, text: &text };
                 let (closer, other) = self.split(role);
                 put_close(&mut closer.output, frame);
                 put_close(&mut other.output, frame);
-                tokio::join!(closer.deliver(close_limit), other.deliver(close_limit));
+                tokio::join!(closer.deliver(patience), other.deliver(patience));
             }
             Ending::Lost(role) => {
                 let (lost, mut other) = self.into_split(role);
                 drop(lost);
                 other.put_reason(CloseReason::lost(role), None);
-                other.deliver(FAREWELL).await;
+                other.deliver(HASTE).await;
             }
             Ending::Protocol(role, error) => {
                 let (offender, other) = self.split(role);
                 offender.put_reason(CloseReason::protocol(role), Some(error));
                 other.put_reason(CloseReason::protocol(role), None);
-                tokio::join!(offender.deliver(FAREWELL), other.deliver(FAREWELL));
+                tokio::join!(offender.deliver(HASTE), other.deliver(HASTE));
             }
             Ending::Told(reason) => {
                 self.service.put_reason(reason, None);
                 self.device.put_reason(reason, None);
-                tokio::join!(self.service.deliver(FAREWELL), self.device.deliver(FAREWELL));
+                tokio::join!(self.service.deliver(HASTE), self.device.deliver(HASTE));
             }
         }
     }
@@ -314,20 +326,21 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
     }
 
     /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
-    ///
-    /// Gives up when the leg takes nothing for `limit`.
-    async fn deliver(&mut self, limit: Duration) {
-        loop {
-            self.seen.took = false;
-            let drained = timeout(limit, poll_fn(|cx| self.poll_drain_discarding(cx))).await;
-            match drained {
-                Ok(Ok(())) => break,
-                Err(_) if self.seen.took => {}
-                Ok(Err(_)) | Err(_) => return,
+    async fn deliver(&mut self, patience: Patience) {
+        let delivered = async {
+            loop {
+                self.seen.took = false;
+                match timeout(patience.pause, poll_fn(|cx| self.poll_drain_discarding(cx))).await {
+                    Ok(drained) => return drained.is_ok(),
+                    Err(_) if self.seen.took => {}
+                    Err(_) => return false,
+                }
             }
+        };
+        if timeout(patience.whole, delivered).await == Ok(true) {
+            // The peer may end at its leisure, but not for ever.
+            let _ = timeout(FAREWELL, linger(&mut self.io)).await;
         }
-        // The peer may end at its leisure, but not for ever.
-        let _ = timeout(FAREWELL, linger(&mut self.io)).await;
     }
 
     fn poll_drain_discarding(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
