@@ -10,7 +10,7 @@ use midspan_platform::{
     clock,
     http::{HttpRequest, authenticated, header as header_value},
 };
-use tracing::info;
+use tracing::debug;
 
 use crate::control::Control;
 
@@ -62,7 +62,7 @@ impl Control {
 
     fn refuse(&self, error: &AuthError) -> Problem {
         self.metrics.auth_failure(error);
-        info!(reason = error.label(), "credential refused");
+        debug!(reason = error.label(), "credential refused");
         let mut problem = Problem::new(ProblemKind::Unauthorized, error.to_string());
         // Waiting changes nothing, but a new credential does.
         problem.retry = matches!(error, AuthError::Expired { .. });

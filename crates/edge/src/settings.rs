@@ -15,7 +15,7 @@ pub struct EdgeSettings {
     /// How often a quiet leg is pinged
     #[arg(long, env = "MIDSPAN_LEG_PING", default_value = "25s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub leg_ping: Duration,
-    /// A leg that gives no sign of life for this long is ended
+    /// A leg that has nothing left to read and gives no sign of life for this long is ended
     #[arg(long, env = "MIDSPAN_LEG_SILENCE", default_value = "75s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub leg_silence: Duration,
     /// A stream that carries no payload for this long is ended

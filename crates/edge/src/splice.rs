@@ -291,9 +291,10 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
                     self.payload += payload.len() as u64;
                     self.seen.payload = true;
                     put_frame(&mut to.output, opcode, fin, payload);
+                    to.seen.sent = true;
                 }
                 Event::Ping(payload) => put_frame(&mut self.output, Opcode::Pong, true, payload),
-                Event::Pong => {}
+                Event::Pong => self.seen.ponged = true,
                 Event::Close(CloseFrame { code, text }) => {
                     return Err(Ending::Closed { role, code, text: text.to_owned() });
                 }

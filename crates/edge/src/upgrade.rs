@@ -22,7 +22,7 @@ use midspan_platform::{
 };
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tracing::{debug, info_span};
+use tracing::{debug, info, info_span};
 
 use crate::{
     edge::{Edge, LEEWAY, UPGRADE_LIMIT},
@@ -33,6 +33,7 @@ use crate::{
 impl Edge {
     /// Answers a request below `/bridges/`.
     pub fn handle(self: &Arc<Self>, request: HttpRequest) -> HttpResponse {
+        let client = client_address(&request);
         let mut answer = match self.open_leg(request) {
             Ok(response) => return response,
             Err(problem) => problem,
@@ -40,7 +41,13 @@ impl Edge {
         answer.request_id = format!("{:032x}", clock::random());
         let name = answer.name().unwrap_or_default();
         self.metrics.refused(name);
-        debug!(request.id = answer.request_id, problem = name, detail = answer.detail, "leg refused");
+        info!(
+            request.id = answer.request_id,
+            client.address = client,
+            problem = name,
+            detail = answer.detail,
+            "leg refused"
+        );
         problem(&answer)
     }
 

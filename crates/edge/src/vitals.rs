@@ -9,7 +9,7 @@ use midspan_core::{close::CloseReason, id::Role};
 pub struct Limits {
     /// A leg that was quiet for this long is pinged.
     pub ping: Duration,
-    /// A leg that was read from and gave no sign of life for this long is given up.
+    /// A leg that was read from, has nothing left to read itself, and gave no sign of life for this long is given up.
     pub silence: Duration,
     /// A stream without payload for this long is ended.
     pub idle: Duration,
@@ -38,6 +38,10 @@ pub(crate) struct Seen {
     pub(crate) took: bool,
     /// Bytes wait for it.
     pub(crate) owed: bool,
+    /// Frames of a message were passed on to it, or put aside for it.
+    pub(crate) sent: bool,
+    /// It answered a ping.
+    pub(crate) ponged: bool,
     /// Payload came from it.
     pub(crate) payload: bool,
 }
@@ -64,11 +68,16 @@ struct LegVitals {
     heard: Instant,
     pinged: Instant,
     took: Instant,
+    /// Whether messages may lie unread in the buffers on the way. A ping behind them cannot be answered before they
+    /// are read, so its missing answer proves nothing; an answer proves that everything before the ping was read.
+    unread: bool,
+    /// Whether a ping was sent after the last message.
+    ping_is_last: bool,
 }
 
 impl Vitals {
     pub(crate) fn new(limits: Limits, now: Instant) -> Self {
-        Self { limits, legs: [LegVitals { heard: now, pinged: now, took: now }; 2], payload: now }
+        Self { limits, legs: [LegVitals::new(now); 2], payload: now }
     }
 
     /// Lets time pass. `seen` is about the service's leg, then the device's.
@@ -80,20 +89,27 @@ impl Vitals {
         for (role, seen) in Role::ALL.into_iter().zip(seen) {
             let index = usize::from(role == Role::Device);
             let leg = &mut self.legs[index];
-            if seen.heard || seen.held_back {
+            // While bytes wait for it, what counts is whether it takes them.
+            if seen.heard || seen.held_back || seen.owed {
                 leg.heard = now;
             }
             if seen.took || !seen.owed {
                 leg.took = now;
             }
+            if seen.sent {
+                (leg.unread, leg.ping_is_last) = (true, false);
+            } else if seen.ponged && leg.ping_is_last {
+                leg.unread = false;
+            }
+            let silence = if leg.unread { self.limits.stall } else { self.limits.silence };
             let since = |then: Instant| now.saturating_duration_since(then);
             if since(leg.took) >= self.limits.stall {
                 verdict.end = Some(CloseReason::stalled(role));
-            } else if since(leg.heard) >= self.limits.silence {
+            } else if since(leg.heard) >= silence {
                 verdict.end = Some(CloseReason::unresponsive(role));
             }
             if since(leg.heard) >= self.limits.ping && since(leg.pinged) >= self.limits.ping {
-                leg.pinged = now;
+                (leg.pinged, leg.ping_is_last) = (now, true);
                 verdict.ping[index] = true;
             }
         }
@@ -104,11 +120,25 @@ impl Vitals {
     }
 }
 
+impl LegVitals {
+    fn new(now: Instant) -> Self {
+        Self { heard: now, pinged: now, took: now, unread: false, ping_is_last: false }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    const HEARD: Seen = Seen { heard: true, held_back: false, took: false, owed: false, payload: false };
+    const HEARD: Seen = Seen {
+        heard: true,
+        held_back: false,
+        took: false,
+        owed: false,
+        sent: false,
+        ponged: false,
+        payload: false,
+    };
     const QUIET: Seen = Seen { heard: false, ..HEARD };
 
     #[test]
@@ -133,6 +163,20 @@ mod tests {
         }
         let end = vitals.tick(start + Duration::from_secs(900), [held_back, owed]).end;
         assert_eq!(end, Some(CloseReason::DeviceStalled));
+    }
+
+    #[test]
+    fn a_leg_with_unread_messages_may_be_silent_until_it_has_answered_a_ping_behind_them() {
+        let (mut vitals, start) = vitals();
+        let at = |seconds| start + Duration::from_secs(seconds);
+        let sent = Seen { sent: true, took: true, ..QUIET };
+        let ponged = Seen { ponged: true, ..HEARD };
+        vitals.tick(at(1), [HEARD, sent]);
+        assert_eq!(vitals.tick(at(25), [HEARD, QUIET]).ping, [false, true]);
+        assert_eq!(vitals.tick(at(800), [HEARD, QUIET]).end, None);
+        assert_eq!(vitals.tick(at(801), [HEARD, ponged]).end, None);
+        assert_eq!(vitals.tick(at(875), [HEARD, QUIET]).end, None);
+        assert_eq!(vitals.tick(at(876), [HEARD, QUIET]).end, Some(CloseReason::DeviceUnresponsive));
     }
 
     #[test]

@@ -21,6 +21,7 @@ use tokio::{
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_rustls::{TlsAcceptor, server::TlsStream};
+use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, info, info_span, warn};
 
 use crate::{
@@ -235,7 +236,9 @@ pub async fn serve_http(
     lifecycle: &Lifecycle,
     handler: &Handler,
 ) {
+    let asked = CancellationToken::new();
     let service = service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
+        asked.cancel();
         request.extensions_mut().insert(Arc::clone(&peer));
         call(Arc::clone(handler), request)
     });
@@ -246,16 +249,22 @@ pub async fn serve_http(
         .serve_connection(TokioIo::new(connection), service)
         .with_upgrades();
     let mut served = std::pin::pin!(served);
+    // A closing process still answers: a connection that has asked nothing yet may be a leg that is expected.
+    let closing = async {
+        lifecycle.closing().cancelled().await;
+        asked.cancelled().await;
+    };
     let ended = tokio::select! {
         ended = served.as_mut() => ended,
         // Requests under way are answered; then the connection closes instead of waiting for the next one.
-        () = lifecycle.closing().cancelled() => {
+        () = closing => {
             served.as_mut().graceful_shutdown();
             tokio::select! {
                 ended = served => ended,
                 () = lifecycle.stopped().cancelled() => return,
             }
         }
+        () = lifecycle.stopped().cancelled() => return,
     };
     if let Err(error) = ended {
         debug!(%error, "connection ended");

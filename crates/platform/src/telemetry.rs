@@ -32,7 +32,7 @@ pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match settings.log_format {
         LogFormat::Json => {
-            builder.json().flatten_event(true).with_current_span(true).with_span_list(false).try_init()
+            builder.json().flatten_event(true).with_current_span(false).with_span_list(true).try_init()
         }
         LogFormat::Text => {
             let colours = std::io::IsTerminal::is_terminal(&std::io::stderr())

@@ -18,7 +18,7 @@ use midspan_platform::{
     http::{HttpRequest, HttpResponse, REQUEST_ID, client_address, problem},
 };
 use percent_encoding::percent_decode_str;
-use tracing::{Instrument as _, debug, info_span};
+use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::control::{Control, STORE_LIMIT};
 
@@ -42,6 +42,7 @@ impl Control {
         async {
             match self.route(request).await {
                 Ok(mut response) => {
+                    debug!(status = response.status().as_u16(), "request answered");
                     if let Ok(id) = HeaderValue::from_str(&id) {
                         response.headers_mut().insert(REQUEST_ID, id);
                     }
@@ -49,12 +50,15 @@ impl Control {
                 }
                 Err(mut error) => {
                     error.request_id.clone_from(&id);
-                    debug!(
-                        status = error.status,
-                        problem = error.name(),
-                        detail = error.detail,
-                        "request refused"
-                    );
+                    // What became of a stream has its own line.
+                    if error.close_reason().is_none() {
+                        info!(
+                            status = error.status,
+                            problem = error.name(),
+                            detail = error.detail,
+                            "request refused"
+                        );
+                    }
                     problem(&error)
                 }
             }
