@@ -60,7 +60,7 @@ pub enum StreamError {
     /// The connection to the relay ended without a close frame.
     #[error("the connection to the relay was lost: {0}")]
     Lost(String),
-    /// Nothing came from the relay for [`SILENCE`].
+    /// Nothing came from the relay for 90 s.
     #[error("the relay was silent for {} s", SILENCE.as_secs())]
     Silent,
     /// The other end broke the half-close rules.
@@ -107,7 +107,7 @@ impl Stream {
 
     /// Receives one message, or nothing once the other end has closed in good order.
     ///
-    /// Pings while it waits, and gives up after [`SILENCE`].
+    /// Pings while it waits, and gives up after 90 s.
     pub async fn receive(&mut self) -> Result<Option<Message>, StreamError> {
         let mut silent = Duration::ZERO;
         loop {

@@ -9,7 +9,7 @@ use secrecy::{ExposeSecret as _, SecretString};
 use thiserror::Error;
 
 use crate::{
-    id::{DeviceAddress, IdError},
+    id::{DeviceAddress, ID_MAX_LENGTH, IdError},
     key::{Key, KeyError},
     sas::SasToken,
     time::UnixTime,
@@ -53,7 +53,7 @@ pub enum ConnectionStringError {
     #[error("`{0}` is missing")]
     Missing(&'static str),
     /// Both or neither of `DeviceId` and `SharedAccessKeyName`.
-    #[error("give either DeviceId (a device) or SharedAccessKeyName (a service)")]
+    #[error("give either DeviceId (a device) or SharedAccessKeyName (a service, 1 to {ID_MAX_LENGTH} bytes)")]
     Identity,
     /// The host is not a host name or address with an optional port.
     #[error("HostName must be a host name or address, optionally with `:port`, without a scheme or a path")]
@@ -128,7 +128,9 @@ impl FromStr for ConnectionString {
                 let module = module.map(str::parse).transpose()?;
                 Identity::Device(DeviceAddress { device: device.parse()?, module })
             }
-            (None, None, Some(policy)) if !policy.is_empty() => Identity::Service(policy.to_owned()),
+            (None, None, Some(policy)) if (1..=ID_MAX_LENGTH).contains(&policy.len()) => {
+                Identity::Service(policy.to_owned())
+            }
             _ => return Err(E::Identity),
         };
         let key = Key::from_base64(key.ok_or(E::Missing("SharedAccessKey"))?)?;

@@ -9,6 +9,9 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnixTime(pub u64);
 
+/// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
+const LAST: u64 = 253_402_300_799;
+
 impl UnixTime {
     /// This time and `duration` more, in whole seconds.
     #[must_use]
@@ -45,7 +48,11 @@ impl<'de> Deserialize<'de> for UnixTime {
     fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
         let text = String::deserialize(deserializer)?;
         let time = OffsetDateTime::parse(&text, &Rfc3339).map_err(D::Error::custom)?;
-        u64::try_from(time.unix_timestamp()).map(Self).map_err(D::Error::custom)
+        // An offset can lead past what UTC can write.
+        match u64::try_from(time.unix_timestamp()) {
+            Ok(seconds) if seconds <= LAST => Ok(Self(seconds)),
+            _ => Err(D::Error::custom("a time must lie between the years 1970 and 9999 in UTC")),
+        }
     }
 }
 
@@ -59,6 +66,13 @@ mod tests {
         let json = serde_json::to_string(&time).unwrap();
         assert_eq!(json, "\"2026-09-21T14:13:20Z\"");
         assert_eq!(serde_json::from_str::<UnixTime>(&json).unwrap(), time);
+    }
+
+    #[test]
+    fn times_that_cannot_be_written_are_not_read() {
+        assert!(serde_json::from_str::<UnixTime>("\"9999-12-31T23:59:59Z\"").is_ok());
+        assert!(serde_json::from_str::<UnixTime>("\"9999-12-31T23:59:59-23:59\"").is_err());
+        assert!(serde_json::from_str::<UnixTime>("\"1969-12-31T23:59:59Z\"").is_err());
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The streaming edge: where the two legs of a stream meet.
 //!
-//! The path of a leg is the list of modules: [`upgrade`] checks the ticket and opens the WebSocket, [`pairing`] knows which
-//! legs are there, [`leg`] keeps the first one waiting, [`splice`] moves the bytes, and the end is reported once.
+//! The path of a leg is the list of modules: `upgrade` checks the ticket and opens the WebSocket, `pairing` knows which
+//! legs are there, `leg` keeps the first one waiting, `splice` moves the bytes, and the end is reported once.
 
 mod edge;
 pub mod leg;

@@ -170,7 +170,10 @@ impl Front {
             let front = Arc::clone(&front);
             let lifecycle = front.lifecycle.clone();
             lifecycle.spawn(Span::current(), async move {
-                front.connection(stream, address, held, place).await;
+                tokio::select! {
+                    () = front.connection(stream, address, held, place) => {}
+                    () = front.lifecycle.stopped().cancelled() => {}
+                }
             });
         }
     }
@@ -259,12 +262,8 @@ pub async fn serve_http(
         // Requests under way are answered; then the connection closes instead of waiting for the next one.
         () = closing => {
             served.as_mut().graceful_shutdown();
-            tokio::select! {
-                ended = served => ended,
-                () = lifecycle.stopped().cancelled() => return,
-            }
+            served.await
         }
-        () = lifecycle.stopped().cancelled() => return,
     };
     if let Err(error) = ended {
         debug!(%error, "connection ended");

@@ -108,8 +108,9 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
             }
         }
     });
-    let lifecycle = process.serve(&server, public, tls, answers);
+    // Whoever waits for the log line finds the files.
     development.write_connection_strings()?;
+    let lifecycle = process.serve(&server, public, tls, answers);
     development.say_what_next(address);
     let drain = DrainSettings { drain_delay: arguments.drain_delay, drain_grace: arguments.drain_grace };
     let roles_drain = async {

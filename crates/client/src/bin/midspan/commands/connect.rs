@@ -11,15 +11,15 @@ use std::{
 
 use clap::Args;
 use midspan_client::{
-    Capabilities, DeviceAddress, Service, StreamError, StreamName, StreamRequest, Traffic, describe,
-    stream_request,
+    Capabilities, DeviceAddress, OpenError, Service, Stream, StreamError, StreamName, StreamRequest, Traffic,
+    describe, stream_request,
 };
 use tokio::{
     io::{AsyncWrite, Stdout, stdin, stdout},
     net::{TcpListener, TcpStream, lookup_host},
     sync::Semaphore,
     task::JoinSet,
-    time::sleep,
+    time::{Instant, sleep},
 };
 use tracing::{info, warn};
 
@@ -111,9 +111,28 @@ impl Opener {
         }
     }
 
+    /// Opens a stream. A relay that says to come back soon is asked again for a while.
+    async fn open(&self) -> Result<Stream, OpenError> {
+        let started = Instant::now();
+        loop {
+            let error = match self.service.open(&self.device, &self.request).await {
+                Ok(stream) => return Ok(stream),
+                Err(error) => error,
+            };
+            let problem = error.request().problem().filter(|problem| matches!(problem.status, 429 | 503));
+            let pause = problem.and_then(|problem| problem.retry_after_seconds).map(Duration::from_secs);
+            match pause {
+                Some(pause) if pause <= PAUSE_MAX && started.elapsed() + pause <= PATIENCE => {
+                    sleep(pause).await;
+                }
+                _ => return Err(error),
+            }
+        }
+    }
+
     async fn carry(&self, local: TcpStream, peer: SocketAddr) {
         let device = &self.device;
-        let stream = match self.service.open(device, &self.request).await {
+        let stream = match self.open().await {
             Ok(stream) => stream,
             Err(error) => {
                 warn!(%peer, "no stream: {}", Failure::opening(device, &error).message);
@@ -133,12 +152,7 @@ impl Opener {
     }
 
     async fn standard_streams(&self) -> Result<(), Failure> {
-        let open = async {
-            self.service
-                .open(&self.device, &self.request)
-                .await
-                .map_err(|error| Failure::opening(&self.device, &error))
-        };
+        let open = async { self.open().await.map_err(|error| Failure::opening(&self.device, &error)) };
         let stream = tokio::select! {
             opened = open => opened?,
             stopped = stop_signal() => return stopped,
@@ -206,6 +220,12 @@ impl FromStr for Listen {
         Ok(Self { host: if host.is_empty() { "127.0.0.1" } else { host }.to_owned(), port })
     }
 }
+
+/// The longest pause before a relay that has no room, or restarts, is asked again.
+const PAUSE_MAX: Duration = Duration::from_secs(5);
+
+/// How long such a relay is asked again.
+const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The most streams of one listener; further connections wait.
 const STREAMS_MAX: usize = 1024;
