@@ -1,0 +1,27 @@
+# `make` alone lists the targets.
+.DEFAULT_GOAL := help
+.PHONY: help demo check test fuzz docs
+
+help:
+	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
+	@echo 'make check              format, spelling, scripts, dependencies, licences, lints, documentation'
+	@echo 'make test               every test; installs what it lacks, and says what'
+	@echo 'make fuzz TARGET=name   one fuzz target, for MINUTES=5; needs a nightly compiler'
+	@echo 'make docs               the tables in docs/, and the crates under target/doc'
+
+# ARGS='--break key' and ARGS='--break byte' show that the demonstration can fail.
+demo:
+	@scripts/demo $(ARGS)
+
+check:
+	@scripts/check
+
+test:
+	@scripts/test
+
+fuzz:
+	@scripts/fuzz '$(TARGET)' '$(or $(MINUTES),5)'
+
+docs:
+	UPDATE_DOCS=1 cargo test --package midspan-tests --test it --locked -- docs::the_table --test-threads=1
+	cargo doc --workspace --no-deps --locked
