@@ -1,0 +1,339 @@
+//! What every fuzz target does with its bytes.
+//!
+//! The targets under `fuzz/` call these functions with what the fuzzer invents; a test calls them with the seeds under
+//! `fuzz/corpus/`, on the stable compiler. A target checks what must hold for every input, not only that nothing panics.
+
+use std::str::FromStr;
+
+use midspan_core::{
+    api::StreamRequest,
+    connection_string::{ConnectionString, Identity},
+    credential::Credentials,
+    deny::DenyList,
+    frame::{self, CloseFrame, Event, FrameError, FrameReader, Opcode, Sender},
+    id::{DeviceAddress, DeviceId, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName},
+    key::Key,
+    link::{self, FromDevice, ToDevice},
+    sas::{SasError, SasToken, without_port},
+    ticket::{Owner, Ticket, TicketKeys},
+    time::UnixTime,
+    trace::TraceParent,
+};
+use secrecy::ExposeSecret as _;
+
+/// A target's name, and what is done with the bytes.
+pub(crate) type Target = (&'static str, fn(&[u8]));
+
+/// Every target, by the name of its folder under `fuzz/corpus/`.
+pub(crate) const TARGETS: &[Target] = &[
+    ("frame", frame),
+    ("sas", sas),
+    ("ticket", ticket),
+    ("connection_string", connection_string),
+    ("from_device", from_device),
+    ("to_device", to_device),
+    ("ids", ids),
+    ("traceparent", traceparent),
+    ("credentials", credentials),
+    ("deny_list", deny_list),
+    ("stream_request", stream_request),
+];
+
+/// How bytes are cut into reads makes no difference; little is held back; what comes out can be sent on.
+///
+/// The first byte is the length of a read, less one.
+pub(crate) fn frame(data: &[u8]) {
+    let Some((&step, bytes)) = data.split_first() else { return };
+    for sender in [Sender::Client, Sender::Server] {
+        let at_once = read_leg(sender, bytes, bytes.len().max(1));
+        let in_steps = read_leg(sender, bytes, usize::from(step) + 1);
+        assert_eq!(at_once.items, in_steps.items, "the size of a read changes what is read");
+
+        let again = read_leg(Sender::Server, &at_once.sent_on, at_once.sent_on.len().max(1));
+        let mut items = at_once.items;
+        // A frame that breaks the protocol is not sent on.
+        items.retain(|item| !matches!(item, Item::Error(_)));
+        assert_eq!(items, again.items, "what is sent on reads differently");
+    }
+}
+
+/// A signature that parses has lengths in bounds; a signature that is made can be parsed and verified, by its key only.
+pub(crate) fn sas(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let hosts = [text.to_owned(), "relay.example".to_owned()];
+    let _ = without_port(text);
+    if let Ok(token) = SasToken::parse(text) {
+        assert!(!token.is_signed_by(&[]), "no key has signed this");
+        let _ = token.is_signed_by(&[key(1)]);
+        let _ = token.policy();
+        if token.is_for(&hosts, "devices/dev1") {
+            assert!(token.path_below(&hosts).is_some(), "a token for a path is for its host");
+        }
+    }
+    let expires = UnixTime(data.iter().fold(0, |sum, &byte| sum << 7 ^ u64::from(byte)));
+    let signed = SasToken::sign(text, &key(1), expires, Some(text));
+    if let Ok(token) = SasToken::parse(signed.expose_secret()) {
+        assert!(token.is_signed_by(&[key(1)]) && !token.is_signed_by(&[key(2)]));
+        assert_eq!(token.policy().unwrap_or_default(), text);
+        assert_eq!(token.expires(), expires);
+    }
+}
+
+/// What was not signed is no ticket; what was signed is, until one of its bytes is another.
+///
+/// The first two bytes choose the byte of a good ticket that is changed, and what it becomes.
+pub(crate) fn ticket(data: &[u8]) {
+    let now = UnixTime(1_800_000_000);
+    let Ok(keys) = TicketKeys::new(&key(1), Some(&key(2))) else { return };
+    if let Ok(text) = str::from_utf8(data) {
+        let _ = keys.verify(text, now);
+        let _ = TicketKeys::from_text(text);
+    }
+    let &[at, byte, ..] = data else { return };
+    let good = good_ticket(now);
+    let Ok(signed) = keys.sign(&good) else { return };
+    let text = signed.expose_secret();
+    assert_eq!(keys.verify(text, now).as_ref(), Ok(&good));
+
+    // Without the last character, which has bits that carry nothing.
+    let at = usize::from(at) * (text.len() - 2) / 255;
+    let mut changed = text.as_bytes().to_vec();
+    changed[at] = byte;
+    if let Ok(changed) = str::from_utf8(&changed) {
+        assert!(changed == text || keys.verify(changed, now).is_err(), "byte {at} is not protected");
+    }
+}
+
+/// What parses is written in a form that parses to the same, and no error repeats a key.
+pub(crate) fn connection_string(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    match ConnectionString::from_str(text) {
+        Ok(parsed) => {
+            let written = parsed.to_text();
+            let again = ConnectionString::from_str(written.expose_secret());
+            assert!(
+                again.is_ok_and(|again| again.host == parsed.host
+                    && again.identity == parsed.identity
+                    && again.key.expose_bytes() == parsed.key.expose_bytes()),
+                "what is written reads differently"
+            );
+            let shown = format!("{:?}", parsed.key);
+            assert!(!shown.contains(parsed.key.to_base64().expose_secret()), "the key is shown");
+            match SasToken::parse(parsed.sign(UnixTime(1)).expose_secret()) {
+                Ok(token) => {
+                    let is_service = matches!(parsed.identity, Identity::Service(_));
+                    assert!(token.is_signed_by(&[parsed.key]) && token.policy().is_some() == is_service);
+                }
+                // The name of a policy may be long.
+                Err(error) => assert_eq!(error, SasError::TooLong),
+            }
+        }
+        Err(error) => assert!(error.to_string().len() < 400, "an error repeats too much"),
+    }
+}
+
+/// What a device sends parses to the same after it was written.
+pub(crate) fn from_device(data: &[u8]) {
+    if let Ok(message) = serde_json::from_slice::<FromDevice>(data)
+        && message != FromDevice::Unknown
+    {
+        let written = serde_json::to_vec(&message).unwrap_or_default();
+        let again = serde_json::from_slice::<FromDevice>(&written);
+        assert!(again.is_ok_and(|again| again == message), "what is written reads differently");
+    }
+    if let Ok(text) = str::from_utf8(data) {
+        for max in [0, 1, link::REASON_MAX, data.len() / 2] {
+            let front = link::cut(text, max);
+            assert!(front.len() <= max && text.starts_with(front));
+        }
+    }
+}
+
+/// No message to a device shows its ticket in a log.
+pub(crate) fn to_device(data: &[u8]) {
+    let Ok(message) = serde_json::from_slice::<ToDevice>(data) else { return };
+    if let ToDevice::Request(invitation) = &message {
+        let shown = format!("{:?}", invitation.ticket);
+        let ticket = invitation.ticket.expose_secret();
+        assert!(ticket.len() < 32 || !shown.contains(ticket), "the ticket is shown");
+    }
+    let _ = serde_json::to_vec(&message);
+}
+
+/// What is an id is written as it was read, and stands in a URL as one segment.
+pub(crate) fn ids(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    same_text::<DeviceId>(text);
+    same_text::<ModuleId>(text);
+    same_text::<StreamName>(text);
+    same_text::<StreamId>(text);
+    same_text::<RequestId>(text);
+    same_text::<Incarnation>(text);
+    same_text::<Role>(text);
+    if let Ok(address) = text.parse::<DeviceAddress>() {
+        assert_eq!(address.to_string(), text);
+        let path = address.path();
+        let segments = if address.module.is_some() { 4 } else { 2 };
+        assert_eq!(path.split('/').count(), segments, "an id leaves its segment");
+        let plain = |c: char| c.is_ascii_alphanumeric() || "-._~%/".contains(c);
+        assert!(path.chars().all(plain), "a character of an id is not encoded");
+    }
+}
+
+/// What is a trace context is written as it was read.
+pub(crate) fn traceparent(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    same_text::<TraceParent>(text);
+    if let Ok(trace) = text.parse::<TraceParent>() {
+        assert_eq!(trace.child(1).trace_id(), trace.trace_id());
+    }
+}
+
+/// A file of credentials lets nobody in who signs with a key of their own.
+pub(crate) fn credentials(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let Ok(credentials) = Credentials::from_json(text) else { return };
+    let hosts = ["relay.example".to_owned()];
+    let now = UnixTime(1);
+    // Nobody finds this key by accident.
+    let stranger = Key::from_bytes(b"a key that stands in no credentials file".to_vec());
+    let (Ok(stranger), Ok(nobody)) = (stranger, "dev1".parse::<DeviceAddress>()) else { return };
+    for address in credentials.registered(None).chain([&nobody]).take(8) {
+        let resource = format!("relay.example/{}", address.audience());
+        let token = SasToken::sign(&resource, &stranger, UnixTime(60), Some("service"));
+        let token = Some(token.expose_secret());
+        assert!(credentials.authenticate_device(token, &hosts, address, now).is_err());
+        assert!(credentials.authenticate_service(token, &hosts, now).is_err());
+    }
+}
+
+/// Whoever revokes a device revokes its modules.
+pub(crate) fn deny_list(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let Ok(list) = DenyList::from_json(text) else { return };
+    let (Ok(device), Ok(module)) = ("dev1".parse(), "dev1/m".parse()) else { return };
+    assert!(!list.has_device(&device) || list.has_device(&module));
+    let _ = list.has_service("support");
+}
+
+/// What a service asks for parses to the same after it was written.
+pub(crate) fn stream_request(data: &[u8]) {
+    let Ok(request) = serde_json::from_slice::<StreamRequest>(data) else { return };
+    let written = serde_json::to_value(&request).unwrap_or_default();
+    let again = serde_json::from_value::<StreamRequest>(written.clone());
+    let again = again.ok().and_then(|again| serde_json::to_value(&again).ok());
+    assert_eq!(again, Some(written), "what is written reads differently");
+}
+
+fn same_text<T: FromStr + ToString>(text: &str) {
+    if let Ok(parsed) = text.parse::<T>() {
+        assert_eq!(parsed.to_string(), text);
+    }
+}
+
+fn key(byte: u8) -> Key {
+    match Key::from_bytes(vec![byte; 32]) {
+        Ok(key) => key,
+        Err(error) => unreachable!("32 bytes are a key: {error}"),
+    }
+}
+
+fn good_ticket(now: UnixTime) -> Ticket {
+    let (Ok(address), Ok(name)) = ("dev1/m".parse(), "ssh".parse()) else {
+        unreachable!("these are an address and a name")
+    };
+    Ticket {
+        stream: StreamId::from_random(7),
+        role: Role::Device,
+        owner: Owner {
+            name: "edge-0".to_owned(),
+            incarnation: Incarnation::from_random(8),
+            address: "10.0.0.1:8445".to_owned(),
+        },
+        address,
+        name,
+        credential: "support".to_owned(),
+        credential_expires: UnixTime(now.0 + 3600),
+        expires: UnixTime(now.0 + 60),
+        trace: TraceParent::new(1, 2),
+    }
+}
+
+/// What comes out of a leg, whatever the size of its reads.
+#[derive(Debug, PartialEq, Eq)]
+enum Item {
+    Message { opcode: Opcode, payload: Vec<u8>, fin: bool },
+    Ping(Vec<u8>),
+    Pong,
+    Close { code: Option<u16>, text: String },
+    Error(FrameError),
+}
+
+struct Leg {
+    items: Vec<Item>,
+    /// The same, written as a relay sends it on.
+    sent_on: Vec<u8>,
+}
+
+/// Reads a leg `step` bytes at a time, and puts the pieces of each message together again.
+fn read_leg(sender: Sender, bytes: &[u8], step: usize) -> Leg {
+    let mut reader = FrameReader::new(sender);
+    let mut leg = Leg { items: Vec::new(), sent_on: Vec::new() };
+    let mut buffer = Vec::new();
+    for chunk in bytes.chunks(step) {
+        buffer.extend_from_slice(chunk);
+        let mut taken = 0;
+        loop {
+            match reader.next(&mut buffer[taken..]) {
+                Ok(None) => break,
+                Ok(Some((size, event))) => {
+                    assert!(size > 0, "an event out of nothing");
+                    taken += size;
+                    let last = matches!(event, Event::Close(_));
+                    leg.take(&event);
+                    if last {
+                        return leg;
+                    }
+                }
+                Err(error) => {
+                    leg.items.push(Item::Error(error));
+                    return leg;
+                }
+            }
+        }
+        buffer.drain(..taken);
+        assert!(buffer.len() < frame::HOLD + frame::HEADER_MAX, "more is held back than allowed");
+    }
+    leg
+}
+
+impl Leg {
+    fn take(&mut self, event: &Event<'_>) {
+        match *event {
+            Event::Data { opcode, fin, payload } => {
+                frame::put_frame(&mut self.sent_on, opcode, fin, payload);
+                match self.items.last_mut() {
+                    Some(Item::Message { payload: so_far, fin: end, .. })
+                        if opcode == Opcode::Continuation && !*end =>
+                    {
+                        so_far.extend_from_slice(payload);
+                        *end = fin;
+                    }
+                    _ => self.items.push(Item::Message { opcode, payload: payload.to_vec(), fin }),
+                }
+            }
+            Event::Ping(payload) => {
+                frame::put_frame(&mut self.sent_on, Opcode::Ping, true, payload);
+                self.items.push(Item::Ping(payload.to_vec()));
+            }
+            Event::Pong => {
+                frame::put_frame(&mut self.sent_on, Opcode::Pong, true, &[]);
+                self.items.push(Item::Pong);
+            }
+            Event::Close(CloseFrame { code, text }) => {
+                frame::put_close(&mut self.sent_on, CloseFrame { code, text });
+                self.items.push(Item::Close { code, text: text.to_owned() });
+            }
+        }
+    }
+}

@@ -1,0 +1,25 @@
+//! The relay and its clients as a whole: every test starts the real programs and speaks to them over real sockets.
+#![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by a panic")]
+
+mod api;
+mod cli;
+mod credentials;
+mod demo;
+mod docs;
+mod edge;
+mod ends;
+mod frames;
+mod fuzz_seeds;
+mod half_close;
+mod handshake;
+mod legs;
+mod lifecycle;
+mod limits;
+mod python;
+mod rendezvous;
+mod splice;
+mod ssh;
+mod tickets;
+mod tls;
+mod tools;
+mod web;
