@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use midspan_core::{close::CloseReason, id::Role};
-use midspan_edge::splice::{Limits, splice};
+use midspan_edge::splice::{Limits, Splice};
 use proptest::{collection::vec, prelude::*};
 use testkit::{Frame, pattern, within};
 use tokio::{
@@ -89,6 +89,26 @@ async fn an_end_from_outside_is_told_to_both() {
     assert_eq!(spliced.reason, CloseReason::Deleted);
     let told = (1001, CloseReason::Deleted.close_text());
     assert_eq!((service, device), (told.clone(), told));
+}
+
+/// What a stream carried, and why it ended.
+struct Spliced {
+    reason: CloseReason,
+    bytes_to_device: u64,
+}
+
+async fn splice(
+    service: DuplexStream,
+    device: DuplexStream,
+    early: [Bytes; 2],
+    limits: Limits,
+    end: impl Future<Output = CloseReason>,
+) -> Spliced {
+    let mut stream = Splice::new(service, device, early);
+    let ending = stream.run(limits, end).await;
+    let spliced = Spliced { reason: ending.reason(), bytes_to_device: stream.payload().0 };
+    stream.finish(ending, limits).await;
+    spliced
 }
 
 fn limits() -> Limits {

@@ -26,6 +26,15 @@ pub(crate) enum Exchanged {
     Answer(response::Parts, Bytes),
 }
 
+impl Exchanged {
+    /// The status of the answer.
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::Upgraded { head, .. } | Self::Answer(head, _) => head.status,
+        }
+    }
+}
+
 /// Sends `request` and waits for the answer. The caller sets the deadline.
 ///
 /// The text of the error is for people: hyper's own, with its cause.

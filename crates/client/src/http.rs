@@ -299,9 +299,13 @@ impl Relay {
             .header(header::USER_AGENT, concat!("midspan/", env!("CARGO_PKG_VERSION")))
             .body(body)
             .map_err(|error| RequestError::Request(error.to_string()))?;
+        debug!(%authority, path, "asking");
         let connection = self.dialer.dial(uri).await?;
         match timeout(deadline, exchange(connection, request)).await {
-            Ok(Ok(exchanged)) => Ok(exchanged),
+            Ok(Ok(exchanged)) => {
+                debug!(%authority, path, status = exchanged.status().as_u16(), "answered");
+                Ok(exchanged)
+            }
             Ok(Err(reason)) => Err(RequestError::Lost { authority, reason }),
             Err(_) => Err(RequestError::Timeout { authority, waited: deadline }),
         }

@@ -14,6 +14,7 @@ use midspan_core::{
     problem::{Problem, ProblemKind},
     record::{self, StreamEnd, StreamRecord, StreamState},
     ticket::{Owner, Ticket},
+    time::UnixTime,
     trace::TraceParent,
 };
 use midspan_platform::{
@@ -54,6 +55,7 @@ impl Control {
             request,
             trace,
             stream,
+            expires: clock::unix().plus(self.settings.handshake_limit),
             owner: None,
             started: Instant::now(),
             span: span.clone(),
@@ -87,6 +89,8 @@ struct Attempt {
     request: StreamRequest,
     trace: TraceParent,
     stream: StreamId,
+    /// Until when the legs must be joined.
+    expires: UnixTime,
     /// Once the stream is recorded.
     owner: Option<Owner>,
     started: Instant,
@@ -129,7 +133,7 @@ impl Attempt {
             stream: self.stream,
             url: self.leg_url(Role::Service),
             ticket: text,
-            expires: service_ticket.expires,
+            expires: self.expires,
             capabilities,
             connect_timeout_seconds: timeouts.connect.as_secs(),
             response_timeout_seconds: timeouts.response.as_secs(),
@@ -157,7 +161,7 @@ impl Attempt {
             credential: self.service.name.clone(),
             owner: owner.clone(),
             created: now,
-            expires: now.plus(control.settings.handshake_limit),
+            expires: self.expires,
             state: StreamState::Requested,
         };
         let limits = StreamLimits {
@@ -175,8 +179,6 @@ impl Attempt {
     }
 
     fn ticket(&self, role: Role, owner: &Owner) -> Ticket {
-        let passed = self.started.elapsed();
-        let left = self.control.settings.handshake_limit.saturating_sub(passed);
         Ticket {
             stream: self.stream,
             role,
@@ -185,7 +187,7 @@ impl Attempt {
             name: self.request.name.clone(),
             credential: self.service.name.clone(),
             credential_expires: self.service.expires,
-            expires: clock::unix().plus(left),
+            expires: self.expires,
             trace: self.trace,
         }
     }
@@ -225,7 +227,7 @@ impl Attempt {
                 name: self.request.name.clone(),
                 url: self.leg_url(Role::Device),
                 ticket: ticket.clone(),
-                expires: device_ticket.expires,
+                expires: self.expires,
                 answer_within_ms: u64::try_from(
                     deadline.saturating_duration_since(Instant::now()).as_millis(),
                 )

@@ -43,7 +43,7 @@ pub struct LimitReached {
     pub name: LimitName,
     /// How high it is, in the unit that its name says.
     pub value: u64,
-    /// Whose limit: `device dev1`, `service support`, `this relay`.
+    /// Whose limit: `device dev1`, `service support`, `this relay process`.
     pub scope: String,
     /// How long to wait before another try, in whole seconds, at least 1.
     pub retry_after_seconds: u64,

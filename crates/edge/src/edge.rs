@@ -24,7 +24,7 @@ use crate::{
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     pairing::{End, Next, Pairing, Place, StreamFacts},
-    splice::{Spliced, splice},
+    splice::Splice,
     vitals::Limits,
 };
 
@@ -185,13 +185,17 @@ impl Edge {
                 () = self.lifecycle.stopped().cancelled() => CloseReason::Draining,
             }
         };
-        let flow = splice(service.io, device.io, [service.early, device.early], limits, end);
+        let mut stream = Splice::new(service.io, device.io, [service.early, device.early]);
         let announce = self.advance(facts.stream, StreamState::Joined { joined: clock::unix() });
-        let (Spliced { reason, bytes_to_device, bytes_to_service }, _) = tokio::join!(flow, announce);
-        drop((counted, legs_counted));
-        let reason = place.conclude(reason);
+        let (ending, _) = tokio::join!(stream.run(limits, end), announce);
+
+        // The end is known and its room free at once; that the legs hear of it may take a while.
+        let reason = place.conclude(ending.reason());
+        let (bytes_to_device, bytes_to_service) = stream.payload();
         let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
-        self.report(&facts, end).await;
+        drop(counted);
+        tokio::join!(stream.finish(ending, limits), self.report(&facts, end));
+        drop(legs_counted);
         place.told();
     }
 

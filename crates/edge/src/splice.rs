@@ -30,17 +30,6 @@ use crate::{
     vitals::{Seen, Vitals},
 };
 
-/// What a joined stream carried, and why it ended.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Spliced {
-    /// Why it ended.
-    pub reason: CloseReason,
-    /// Bytes of payload that were passed on to the device.
-    pub bytes_to_device: u64,
-    /// Bytes of payload that were passed on to the service.
-    pub bytes_to_service: u64,
-}
-
 /// Read at once from a leg, in bytes. One buffer of this size per thread serves all its streams.
 const READ: usize = 64 * 1024;
 
@@ -54,31 +43,18 @@ thread_local! {
     static SCRATCH: RefCell<Vec<u8>> = RefCell::new(vec![0; READ]);
 }
 
-/// Joins two legs until one of them ends, a limit is reached, or `end` says so. Both legs have been told when it returns.
-///
-/// `early` is what was read of each leg already: the service's, then the device's.
-pub async fn splice<IO: AsyncRead + AsyncWrite + Unpin>(
-    service: IO,
-    device: IO,
-    early: [Bytes; 2],
-    limits: Limits,
-    end: impl Future<Output = CloseReason>,
-) -> Spliced {
-    let [early_service, early_device] = early;
-    let mut stream = Stream {
-        service: Half::new(Role::Service, service, &early_service),
-        device: Half::new(Role::Device, device, &early_device),
-    };
-    let ending = stream.run(limits, end).await;
-    let reason = ending.reason();
-    let (bytes_to_device, bytes_to_service) = (stream.service.payload, stream.device.payload);
-    stream.finish(ending, Patience { pause: limits.close, whole: limits.stall.max(limits.close) }).await;
-    Spliced { reason, bytes_to_device, bytes_to_service }
+/// Two joined legs.
+pub struct Splice<IO> {
+    service: Half<IO>,
+    device: Half<IO>,
 }
 
 /// Why bytes no longer flow.
 #[derive(Debug)]
-enum Ending {
+pub struct Ending(Cause);
+
+#[derive(Debug)]
+enum Cause {
     /// A close frame came.
     Closed { role: Role, code: Option<u16>, text: String },
     /// A connection ended without one.
@@ -90,6 +66,13 @@ enum Ending {
 }
 
 impl Ending {
+    /// The reason of the end.
+    pub fn reason(&self) -> CloseReason {
+        self.0.reason()
+    }
+}
+
+impl Cause {
     fn reason(&self) -> CloseReason {
         match self {
             Self::Closed { role, .. } => CloseReason::closed_by(*role),
@@ -112,11 +95,6 @@ struct Patience {
 /// For ends that owe nothing but the close frame.
 const HASTE: Patience = Patience { pause: FAREWELL, whole: FAREWELL };
 
-struct Stream<IO> {
-    service: Half<IO>,
-    device: Half<IO>,
-}
-
 /// One leg: what came from it and is no whole frame yet, and what it is owed.
 struct Half<IO> {
     role: Role,
@@ -130,8 +108,27 @@ struct Half<IO> {
     seen: Seen,
 }
 
-impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
-    async fn run(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Ending {
+impl<IO: AsyncRead + AsyncWrite + Unpin> Splice<IO> {
+    /// Joins two legs. `early` is what was read of each already: the service's, then the device's.
+    pub fn new(service: IO, device: IO, early: [Bytes; 2]) -> Self {
+        let [early_service, early_device] = early;
+        Self {
+            service: Half::new(Role::Service, service, &early_service),
+            device: Half::new(Role::Device, device, &early_device),
+        }
+    }
+
+    /// Bytes of payload that were passed on: to the device, to the service.
+    pub fn payload(&self) -> (u64, u64) {
+        (self.service.payload, self.device.payload)
+    }
+
+    /// Moves bytes until one of the legs ends, a limit is reached, or `end` says so.
+    pub async fn run(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Ending {
+        Ending(self.flow(limits, end).await)
+    }
+
+    async fn flow(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Cause {
         let mut vitals = Vitals::new(limits, clock::now());
         let mut end = pin!(end);
         let mut ticks = tokio::time::interval(limits.tick());
@@ -139,13 +136,13 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
         loop {
             tokio::select! {
                 biased;
-                reason = &mut end => return Ending::Told(reason),
+                reason = &mut end => return Cause::Told(reason),
                 _ = ticks.tick() => {
                     let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
                     let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
                     let verdict = vitals.tick(clock::now(), seen);
                     if let Some(reason) = verdict.end {
-                        return Ending::Told(reason);
+                        return Cause::Told(reason);
                     }
                     for (half, ping) in [&mut self.service, &mut self.device].into_iter().zip(verdict.ping) {
                         if ping && !half.is_full() {
@@ -159,7 +156,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     }
 
     /// Moves bytes both ways until nothing more can be moved now.
-    fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Ending> {
+    fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
         for _ in 0..ROUNDS {
             let forth = self.service.step(&mut self.device, cx);
             let back = self.device.step(&mut self.service, cx);
@@ -174,28 +171,29 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     }
 
     /// Tells both legs. A clean end first delivers everything that was sent before it.
-    async fn finish(mut self, ending: Ending, patience: Patience) {
-        match ending {
-            Ending::Closed { role, code, text } => {
+    pub async fn finish(mut self, ending: Ending, limits: Limits) {
+        let patience = Patience { pause: limits.close, whole: limits.stall.max(limits.close) };
+        match ending.0 {
+            Cause::Closed { role, code, text } => {
                 let frame = CloseFrame { code, text: &text };
                 let (closer, other) = self.split(role);
                 put_close(&mut closer.output, frame);
                 put_close(&mut other.output, frame);
                 tokio::join!(closer.deliver(patience), other.deliver(patience));
             }
-            Ending::Lost(role) => {
+            Cause::Lost(role) => {
                 let (lost, mut other) = self.into_split(role);
                 drop(lost);
                 other.put_reason(CloseReason::lost(role), None);
                 other.deliver(HASTE).await;
             }
-            Ending::Protocol(role, error) => {
+            Cause::Protocol(role, error) => {
                 let (offender, other) = self.split(role);
                 offender.put_reason(CloseReason::protocol(role), Some(error));
                 other.put_reason(CloseReason::protocol(role), None);
                 tokio::join!(offender.deliver(HASTE), other.deliver(HASTE));
             }
-            Ending::Told(reason) => {
+            Cause::Told(reason) => {
                 self.service.put_reason(reason, None);
                 self.device.put_reason(reason, None);
                 tokio::join!(self.service.deliver(HASTE), self.device.deliver(HASTE));
@@ -218,6 +216,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Stream<IO> {
     }
 }
 
+impl<IO> std::fmt::Debug for Splice<IO> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Splice").finish_non_exhaustive()
+    }
+}
+
 impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
     fn new(role: Role, io: IO, early: &[u8]) -> Self {
         Self {
@@ -234,11 +238,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
     }
 
     /// Moves bytes from this leg to `to`, as far as one read goes. Says whether anything moved.
-    fn step(&mut self, to: &mut Self, cx: &mut Context<'_>) -> Result<bool, Ending> {
+    fn step(&mut self, to: &mut Self, cx: &mut Context<'_>) -> Result<bool, Cause> {
         // Pongs that this leg is owed are written here too, when no data comes back to carry them along.
         for half in [&mut *to, &mut *self] {
             if let Poll::Ready(Err(_)) = half.poll_drain(cx) {
-                return Err(Ending::Lost(half.role));
+                return Err(Cause::Lost(half.role));
             }
         }
         if to.owes() || self.is_full() {
@@ -260,12 +264,12 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
             let mut buffer = ReadBuf::new(scratch);
             match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
                 Poll::Pending => return Ok(false),
-                Poll::Ready(Err(_)) => return Err(Ending::Lost(self.role)),
+                Poll::Ready(Err(_)) => return Err(Cause::Lost(self.role)),
                 Poll::Ready(Ok(())) => {}
             }
             let read = buffer.filled_mut();
             if read.is_empty() {
-                return Err(Ending::Lost(self.role));
+                return Err(Cause::Lost(self.role));
             }
             self.seen.heard = true;
             if self.input.is_empty() {
@@ -279,11 +283,11 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
     }
 
     /// Turns this leg's frames into frames for `to`, and says how many bytes of `input` that took.
-    fn translate(&mut self, input: &mut [u8], to: &mut Self) -> Result<usize, Ending> {
+    fn translate(&mut self, input: &mut [u8], to: &mut Self) -> Result<usize, Cause> {
         let role = self.role;
         let mut at = 0;
         while to.output.len() < OUTPUT_MAX && !self.is_full() {
-            let next = self.reader.next(&mut input[at..]).map_err(|error| Ending::Protocol(role, error))?;
+            let next = self.reader.next(&mut input[at..]).map_err(|error| Cause::Protocol(role, error))?;
             let Some((taken, event)) = next else { break };
             at += taken;
             match event {
@@ -296,7 +300,7 @@ impl<IO: AsyncRead + AsyncWrite + Unpin> Half<IO> {
                 Event::Ping(payload) => put_frame(&mut self.output, Opcode::Pong, true, payload),
                 Event::Pong => self.seen.ponged = true,
                 Event::Close(CloseFrame { code, text }) => {
-                    return Err(Ending::Closed { role, code, text: text.to_owned() });
+                    return Err(Cause::Closed { role, code, text: text.to_owned() });
                 }
             }
         }

@@ -59,6 +59,10 @@ impl Edge {
         let ticket = self.check_ticket(&request, stream, role)?;
         let accept = check_upgrade(request.headers())?;
         let place = self.take_place(&ticket)?;
+        // Looked at once the place is taken: from here on, a change of the deny list finds the stream.
+        if self.is_denied(&ticket.address, &ticket.credential) {
+            return Err(Problem::from_close(CloseReason::Revoked));
+        }
         authenticated(&request);
 
         let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
@@ -107,9 +111,6 @@ impl Edge {
         if ticket.owner.name != self.owner.name || ticket.owner.incarnation != self.owner.incarnation {
             let detail = "the edge that was to join this stream has gone; ask for a new stream";
             return Err(Problem::new(ProblemKind::OwnerGone, detail));
-        }
-        if self.is_denied(&ticket.address, &ticket.credential) {
-            return Err(Problem::from_close(CloseReason::Revoked));
         }
         if now > ticket.credential_expires {
             return Err(Problem::from_close(CloseReason::CredentialExpired));

@@ -46,7 +46,7 @@ pub(crate) struct ServerSettings {
 #[derive(Debug, Clone, Copy, Args)]
 #[command(next_help_heading = "Drain")]
 pub(crate) struct DrainSettings {
-    /// After the first signal, serve as usual for this long, while balancers notice that /readyz says no
+    /// After the first signal, place no new streams but serve as usual for this long, while balancers notice
     #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
     pub(crate) drain_delay: Duration,
     /// Then let streams end by themselves for this long, before they are closed with 1012

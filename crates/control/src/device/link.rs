@@ -18,7 +18,10 @@ use midspan_platform::{
     http::{HttpRequest, HttpResponse, client_address, empty},
     metrics::Counted,
 };
-use tokio::time::{Instant, timeout};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    time::{Instant, timeout},
+};
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
@@ -105,6 +108,10 @@ impl Control {
         let generation = timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, clock::unix())).await;
         info!("device connected");
         let end = match generation {
+            // The deny list may have changed since the credential was checked.
+            Ok(Ok(_)) if self.secrets.deny.current().has_device(&device.address) => {
+                End::Goodbye(GoodbyeReason::Revoked)
+            }
             Ok(Ok(_)) => self.serve_link(&device, &mut link, &mut socket).await,
             // Nobody could find the device: it had better try again.
             Ok(Err(_)) | Err(_) => End::Goodbye(GoodbyeReason::Draining),
@@ -234,6 +241,11 @@ impl Control {
                 CloseFrame { code: reason.close_code().into(), reason: close_text(&text).to_owned().into() };
             socket.close(Some(frame)).await.map_err(drop)?;
             while let Some(Ok(_)) = socket.next().await {}
+            // What is still on the way is read, so that no reset eats the goodbye.
+            let connection = socket.get_mut();
+            connection.shutdown().await.map_err(drop)?;
+            let mut rest = vec![0; 4096];
+            while connection.read(&mut rest).await.map_err(drop)? > 0 {}
             Ok::<(), ()>(())
         };
         // A device that does not listen is dropped all the same.

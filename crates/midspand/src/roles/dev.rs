@@ -36,7 +36,7 @@ pub(crate) struct DevArguments {
         value_name = "ID"
     )]
     devices: Vec<DeviceAddress>,
-    /// After the first signal, serve as usual for this long
+    /// After the first signal, place no new streams but serve as usual for this long
     #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "0s", value_name = "TIME", value_parser = humantime::parse_duration)]
     drain_delay: Duration,
     /// Then let streams end by themselves for this long, before they are closed with 1012
