@@ -23,7 +23,10 @@ use midspan_platform::{
     metrics::Counted,
     rendezvous::{CreateError, StoreError, StreamLimits},
 };
-use tokio::time::{Instant, sleep_until, timeout, timeout_at};
+use tokio::{
+    sync::oneshot,
+    time::{Instant, sleep_until, timeout, timeout_at},
+};
 use tracing::{Instrument as _, Span, info, info_span, warn};
 
 use crate::{
@@ -66,7 +69,6 @@ impl Control {
         result
     }
 
-    /// Ends a stream that did not come about: a leg of the device may already be waiting.
     async fn end_attempt(&self, stream: StreamId, owner: &Owner, reason: CloseReason) {
         if self.owners.end(owner, stream, reason).await.is_err() {
             warn!("the owner of a stream that did not come about could not be told; its legs will time out");
@@ -279,10 +281,26 @@ impl Attempt {
     async fn over(&mut self, result: Result<(), &Problem>) {
         self.over = true;
         self.tell(result);
-        if let (Err(problem), Some(owner)) = (result, &self.owner) {
-            let reason = problem.close_reason().unwrap_or(CloseReason::RelayFailed);
-            self.control.end_attempt(self.stream, owner, reason).await;
+        if let Err(problem) = result {
+            // An error means that the task was dropped with the process.
+            let _ = self.end(problem.close_reason().unwrap_or(CloseReason::RelayFailed)).await;
         }
+    }
+
+    /// Ends a stream that did not come about: a leg of the device may already be waiting.
+    ///
+    /// In a task of its own, because the service may hang up while it lasts.
+    fn end(&mut self, reason: CloseReason) -> oneshot::Receiver<()> {
+        let (done, ended) = oneshot::channel();
+        if let Some(owner) = self.owner.take() {
+            let (control, stream) = (Arc::clone(&self.control), self.stream);
+            self.control.lifecycle.spawn(self.span.clone(), async move {
+                control.end_attempt(stream, &owner, reason).await;
+                // Nobody may wait for it any more.
+                let _ = done.send(());
+            });
+        }
+        ended
     }
 
     fn tell(&self, result: Result<(), &Problem>) {
@@ -313,12 +331,7 @@ impl Drop for Attempt {
         // The service hung up, and hyper dropped the future that waited.
         let problem = Problem::from_close(CloseReason::ServiceGaveUp);
         self.tell(Err(&problem));
-        if let Some(owner) = self.owner.take() {
-            let (control, stream) = (Arc::clone(&self.control), self.stream);
-            self.control.lifecycle.spawn(self.span.clone(), async move {
-                control.end_attempt(stream, &owner, CloseReason::ServiceGaveUp).await;
-            });
-        }
+        drop(self.end(CloseReason::ServiceGaveUp));
     }
 }
 

@@ -63,19 +63,7 @@ impl FromStr for TraceParent {
     }
 }
 
-impl TryFrom<String> for TraceParent {
-    type Error = TraceParentError;
-
-    fn try_from(text: String) -> Result<Self, TraceParentError> {
-        text.parse()
-    }
-}
-
-impl From<TraceParent> for String {
-    fn from(trace: TraceParent) -> Self {
-        trace.to_string()
-    }
-}
+crate::id::text_form!(TraceParent, TraceParentError);
 
 impl fmt::Display for TraceParent {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -277,6 +277,8 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 mod tests {
     use std::time::Duration;
 
+    use midspan_core::{id::StreamId, link::Metadata, time::UnixTime, trace::TraceParent};
+
     use super::*;
 
     #[tokio::test]
@@ -318,6 +320,44 @@ mod tests {
         assert_eq!(question.answer().await, Some(Answer::Rejected("é".repeat(512))));
         drop(question);
         assert!(links.lock().pending_by_request.is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_device_that_takes_nothing_is_not_asked_for_ever() {
+        let links = Links::default();
+        assert_eq!(links.invite(&dev1(), invitation()).unwrap_err(), InviteError::Offline);
+        let link = links.register(&dev1());
+        for _ in 0..INVITATIONS {
+            links.invite(&dev1(), invitation()).unwrap();
+        }
+        assert_eq!(links.invite(&dev1(), invitation()).unwrap_err(), InviteError::QueueFull);
+        link.withdraw();
+        assert_eq!(links.invite(&dev1(), invitation()).unwrap_err(), InviteError::Offline);
+    }
+
+    #[tokio::test]
+    async fn who_asked_over_a_link_hears_that_it_is_gone() {
+        let links = Links::default();
+        let link = links.register(&dev1());
+        let gone = links.invite(&dev1(), invitation()).unwrap();
+        assert!(!gone.is_cancelled());
+        link.withdraw();
+        assert!(gone.is_cancelled());
+    }
+
+    fn invitation() -> Invitation {
+        Invitation {
+            request: RequestId::from_random(1),
+            stream: StreamId::from_random(2),
+            name: "ssh".parse().unwrap(),
+            url: "wss://relay.example/bridges/x/device".to_owned(),
+            ticket: "ticket".to_owned().into(),
+            expires: UnixTime(60),
+            answer_within_ms: 1000,
+            capabilities: Capabilities::none(),
+            metadata: Metadata::default(),
+            traceparent: TraceParent::new(1, 1),
+        }
     }
 
     fn dev1() -> DeviceAddress {
