@@ -3,22 +3,26 @@
 //! The targets under `fuzz/` call these functions with what the fuzzer invents; a test calls them with the seeds under
 //! `fuzz/corpus/`, on the stable compiler. A target checks what must hold for every input, not only that nothing panics.
 
-use std::str::FromStr;
+use std::{fmt::Write as _, str::FromStr};
 
+use http::{HeaderMap, HeaderName, HeaderValue, header};
 use midspan_core::{
-    api::StreamRequest,
+    api::{PAGE_MAX, StreamGrant, StreamRequest},
     connection_string::{ConnectionString, Identity},
     credential::Credentials,
     deny::DenyList,
     frame::{self, CloseFrame, Event, FrameError, FrameReader, Opcode, Sender},
-    id::{DeviceAddress, DeviceId, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName},
+    id::{DeviceAddress, DeviceId, ID_MAX_LENGTH, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName},
     key::Key,
     link::{self, FromDevice, ToDevice},
+    path::{ApiPath, LegPath, PageQuery},
+    problem::Problem,
     sas::{SasError, SasToken, without_port},
     ticket::{Owner, Ticket, TicketKeys},
     time::UnixTime,
     trace::TraceParent,
 };
+use midspan_platform::http::{first_subprotocol, websocket_key};
 use secrecy::ExposeSecret as _;
 
 /// A target's name, and what is done with the bytes.
@@ -37,6 +41,12 @@ pub(crate) const TARGETS: &[Target] = &[
     ("credentials", credentials),
     ("deny_list", deny_list),
     ("stream_request", stream_request),
+    ("stream_grant", stream_grant),
+    ("problem", problem),
+    ("api_path", api_path),
+    ("page_query", page_query),
+    ("leg_path", leg_path),
+    ("upgrade_headers", upgrade_headers),
 ];
 
 /// How bytes are cut into reads makes no difference; little is held back; what comes out can be sent on.
@@ -223,6 +233,151 @@ pub(crate) fn stream_request(data: &[u8]) {
     let again = serde_json::from_value::<StreamRequest>(written.clone());
     let again = again.ok().and_then(|again| serde_json::to_value(&again).ok());
     assert_eq!(again, Some(written), "what is written reads differently");
+}
+
+/// What a service is granted parses to the same after it was written, and does not show its ticket in a log.
+pub(crate) fn stream_grant(data: &[u8]) {
+    let Ok(grant) = serde_json::from_slice::<StreamGrant>(data) else { return };
+    let written = serde_json::to_value(&grant).unwrap_or_default();
+    let again = serde_json::from_value::<StreamGrant>(written.clone());
+    let again = again.ok().and_then(|again| serde_json::to_value(&again).ok());
+    assert_eq!(again, Some(written), "what is written reads differently");
+    let shown = format!("{:?}", grant.ticket);
+    let ticket = grant.ticket.expose_secret();
+    assert!(ticket.len() < 32 || !shown.contains(ticket), "the ticket is shown");
+}
+
+/// An error answer parses to the same after it was written, and tells of an end by the name of that end only.
+pub(crate) fn problem(data: &[u8]) {
+    let Ok(problem) = serde_json::from_slice::<Problem>(data) else { return };
+    let written = serde_json::to_vec(&problem).unwrap_or_default();
+    let again = serde_json::from_slice::<Problem>(&written);
+    if let Some(reason) = problem.close_reason() {
+        assert_eq!(problem.kind, Problem::from_close(reason).kind);
+    }
+    assert!(again.is_ok_and(|again| again == problem), "what is written reads differently");
+}
+
+/// A path that is one of the API's is the only reading of what it names, and no error repeats a long path.
+pub(crate) fn api_path(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let reads_back = |path: String, expected: &ApiPath| {
+        let again = ApiPath::parse(&path);
+        assert_eq!(again.as_ref(), Ok(expected), "{path} reads differently");
+    };
+    match ApiPath::parse(text) {
+        Ok(path) => {
+            assert!(path.methods().split(", ").all(|method| ["GET", "POST", "DELETE"].contains(&method)));
+            match &path {
+                ApiPath::Endpoints => reads_back("/v1/endpoints".to_owned(), &path),
+                ApiPath::Devices => reads_back("/v1/devices".to_owned(), &path),
+                ApiPath::Device(address) => reads_back(path_to(address), &path),
+                ApiPath::DeviceStreams(address) => reads_back(path_to(address) + "/streams", &path),
+                ApiPath::DeviceLink(address) => reads_back(path_to(address) + "/link", &path),
+                ApiPath::Streams => reads_back("/v1/streams".to_owned(), &path),
+                ApiPath::Stream(stream) => {
+                    reads_back(format!("/v1/streams/{}", every_byte_encoded(stream)), &path);
+                    if stream.parse::<StreamId>().is_ok() {
+                        reads_back(format!("/v1/streams/{stream}"), &path);
+                    }
+                }
+            }
+        }
+        Err(error) => assert!(error.to_string().len() < 400, "an error repeats too much"),
+    }
+    if let Ok(address) = text.parse::<DeviceAddress>() {
+        reads_back(path_to(&address), &ApiPath::Device(address));
+    }
+}
+
+/// A page has at least one item and at most as many as are allowed, and starts where it was asked to.
+pub(crate) fn page_query(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    let Ok(page) = PageQuery::parse(text) else { return };
+    assert!((1..=PAGE_MAX).contains(&page.limit));
+    let mut written = format!("limit={}", page.limit);
+    if let Some(after) = &page.after {
+        assert!(after.len() < text.len(), "more is decoded than was sent");
+        written += &format!("&after={}", every_byte_encoded(after));
+    }
+    assert_eq!(PageQuery::parse(&written), Ok(page), "{written} reads differently");
+}
+
+/// Each leg has one path: no other spelling of it is taken.
+pub(crate) fn leg_path(data: &[u8]) {
+    let Ok(text) = str::from_utf8(data) else { return };
+    if let Ok(LegPath { stream, role }) = LegPath::parse(text) {
+        assert_eq!(format!("/bridges/{stream}/{role}"), text);
+    }
+}
+
+/// Each of the headers that an upgrade needs is needed, and none of the others stands in the way.
+///
+/// The bytes are lines of `name: value`.
+pub(crate) fn upgrade_headers(data: &[u8]) {
+    let mut headers = HeaderMap::new();
+    for line in data.split(|&byte| byte == b'\n') {
+        let Some(colon) = line.iter().position(|&byte| byte == b':') else { continue };
+        let name = HeaderName::from_bytes(&line[..colon]);
+        let value = HeaderValue::from_bytes(line[colon + 1..].trim_ascii());
+        if let (Ok(name), Ok(value)) = (name, value)
+            && headers.try_append(name, value).is_err()
+        {
+            return;
+        }
+    }
+
+    if let Some(first) = first_subprotocol(&headers) {
+        let text = first.to_str().unwrap_or_default();
+        assert!(!text.is_empty() && text.trim() == text && !text.contains(','), "{text:?} is not one name");
+        let offered = headers.get(header::SEC_WEBSOCKET_PROTOCOL).and_then(|offered| offered.to_str().ok());
+        assert!(offered.is_some_and(|offered| offered.trim_start().starts_with(text)));
+        let alone = HeaderMap::from_iter([(header::SEC_WEBSOCKET_PROTOCOL, first.clone())]);
+        assert_eq!(first_subprotocol(&alone), Some(first), "what is answered reads differently");
+    }
+
+    let needed = [
+        (header::CONNECTION, "Upgrade"),
+        (header::UPGRADE, "websocket"),
+        (header::SEC_WEBSOCKET_VERSION, "13"),
+        (header::SEC_WEBSOCKET_KEY, "dGhlIHNhbXBsZSBub25jZQ=="),
+    ];
+    if let Ok(key) = websocket_key(&headers) {
+        assert_eq!(key.len(), 24);
+        assert_eq!(Some(key), headers.get(header::SEC_WEBSOCKET_KEY));
+        for (name, _) in &needed {
+            let mut lacking = headers.clone();
+            lacking.remove(name);
+            let lacks = websocket_key(&lacking).err().and_then(|lacks| lacks.split(':').next());
+            assert!(lacks.is_some_and(|lacks| lacks.eq_ignore_ascii_case(name.as_str())), "{name} is not needed");
+        }
+    }
+    for (name, value) in needed {
+        // A list of tokens goes on in a further header; there is one key only.
+        if name == header::SEC_WEBSOCKET_KEY {
+            headers.remove(&name);
+        }
+        if headers.try_append(name, HeaderValue::from_static(value)).is_err() {
+            return;
+        }
+    }
+    assert!(websocket_key(&headers).is_ok_and(|key| key == "dGhlIHNhbXBsZSBub25jZQ=="));
+}
+
+fn path_to(address: &DeviceAddress) -> String {
+    let ids = [Some(address.device.as_str()), address.module.as_ref().map(ModuleId::as_str)];
+    for id in ids.into_iter().flatten() {
+        assert!((1..=ID_MAX_LENGTH).contains(&id.len()) && !id.contains('/'), "{id:?} is not one segment");
+    }
+    format!("/v1/{}", address.path())
+}
+
+fn every_byte_encoded(text: &str) -> String {
+    text.bytes().fold(String::new(), |mut encoded, byte| {
+        // Writing to a String cannot fail.
+        let _ = write!(encoded, "%{byte:02X}");
+        encoded
+    })
 }
 
 fn same_text<T: FromStr + ToString>(text: &str) {

@@ -147,6 +147,41 @@ async fn an_echo_comes_back() {
 }
 
 #[tokio::test]
+async fn a_module_is_reached_as_a_device_is() {
+    let relay = Relay::with(&["--device", "dev1/camera"]).await;
+    let file = relay.path("dev1+camera.connection");
+    let file = ["--connection-string-file", file.to_str().unwrap()];
+    let _module = Process::spawn(Midspan::command(&relay, &[&file[..], &["echo"]].concat()));
+    relay.counts("midspan_control_device_links", &[], 1).await;
+
+    let mut echo = Midspan::service(&relay, &["-o", "json", "echo", "dev1/camera", "--count", "2"]);
+    let status = echo.wait_exit().await;
+    assert!(status.success(), "{}", echo.stderr());
+    let report: Value = serde_json::from_slice(&echo.stdout()).unwrap();
+    assert_eq!(report["round_trips_ms"].as_array().map(Vec::len), Some(2), "{report}");
+    // The device itself is not there.
+    ends(Midspan::service(&relay, &["connect", "--stdio", "--connect-timeout", "0s", "dev1"]), 5, "dev1")
+        .await;
+
+    let mut devices = Midspan::service(&relay, &["-o", "json", "devices", "dev1/camera"]);
+    assert!(devices.wait_exit().await.success(), "{}", devices.stderr());
+    let device: DeviceStatus = serde_json::from_slice(&devices.stdout()).unwrap();
+    assert_eq!((device.address.to_string().as_str(), device.connected), ("dev1/camera", true));
+    let mut devices = Midspan::service(&relay, &["devices"]);
+    assert!(devices.wait_exit().await.success(), "{}", devices.stderr());
+    assert!(devices.stdout_text().contains("dev1/camera"), "{}", devices.stdout_text());
+
+    let mut token = Midspan::service(&relay, &["token", "--for", "dev1/camera"]);
+    assert!(token.wait_exit().await.success(), "{}", token.stderr());
+    let service = relay.service().authorized(token.stdout_text().trim());
+    service.get("/v1/devices/dev1/modules/camera").await.expect(200);
+    for other in ["/v1/devices/dev1", "/v1/devices/dev1/modules/other", "/v1/devices/dev2"] {
+        service.get(other).await.problem(403, "not_allowed");
+    }
+    relay.assert_quiet().await;
+}
+
+#[tokio::test]
 async fn a_target_that_is_not_allowed_or_not_there_is_a_rejection() {
     let closed = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let relay = Relay::start().await;

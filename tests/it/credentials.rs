@@ -228,6 +228,33 @@ async fn without_a_group_key_an_unregistered_device_is_unknown() {
 }
 
 #[tokio::test]
+async fn a_refusal_does_not_tell_which_devices_are_registered() {
+    let relay = Relay::with(&["--reload-interval", "200ms"]).await;
+    let key = Key::from_bytes(vec![9; 32]).unwrap();
+    change_credentials(&relay, |credentials| {
+        credentials["group_keys"] = json!([]);
+        credentials["devices"] = json!([{ "id": "dev9", "keys": [key.to_base64().expose_secret()] }]);
+    });
+    let later = now().plus(Duration::from_secs(60));
+    let token = |device: &str, key: Key| {
+        let host = relay.service_connection().host.clone();
+        let identity = Identity::Device(device.parse().unwrap());
+        ConnectionString { host, identity, key }.sign(later)
+    };
+    eventually("the registered key is taken", || async {
+        connect(&relay, "dev9", token("dev9", key.clone()).expose_secret()).await.is_ok()
+    })
+    .await;
+    let refused = async |device: &str, of: &str| {
+        let wrong = token(of, Key::from_bytes(vec![7; 32]).unwrap());
+        let problem = link_refusal(&relay, device, wrong.expose_secret()).await.problem(401, "unauthorized");
+        (problem.title, problem.detail.replace(device, "DEVICE").replace(of, "OTHER"), problem.retry)
+    };
+    assert_eq!(refused("dev9", "dev9").await, refused("nobody", "nobody").await, "a wrong key");
+    assert_eq!(refused("dev9", "dev8").await, refused("nobody", "dev8").await, "another device's signature");
+}
+
+#[tokio::test]
 async fn a_revoked_device_loses_its_link_and_its_streams() {
     let relay = Relay::with(&["--reload-interval", "200ms"]).await;
     let (mut link, mut other) = (relay.device("dev1").await, relay.device("dev2").await);

@@ -21,7 +21,7 @@ fn the_table_of_problems_is_the_programs() {
         let (name, status, title) = (row.name, row.status, row.title);
         writeln!(table, "| `{name}` | {status} | {} | {retry} | {title} |", fault.as_str().unwrap()).unwrap();
     }
-    section_is("problems", &table);
+    section_is("protocol.md", "problems", &table);
 }
 
 #[test]
@@ -33,7 +33,7 @@ fn the_table_of_ends_is_the_programs() {
         writeln!(table, "| `{reason}` | {} | {} | {} |", row.close_code, whose.as_str().unwrap(), row.text)
             .unwrap();
     }
-    section_is("closes", &table);
+    section_is("protocol.md", "closes", &table);
 }
 
 #[tokio::test]
@@ -92,12 +92,61 @@ async fn every_flag_is_documented() {
     }
 }
 
-/// Compares a generated section with the protocol's document. With `UPDATE_DOCS` in the environment, writes it there.
-fn section_is(name: &str, expected: &str) {
+#[test]
+fn the_table_of_settings_is_the_programs() {
+    let output = binary("midspand").arg("settings").output().unwrap();
+    assert!(output.status.success());
+    section_is("operations.md", "settings", &String::from_utf8(output.stdout).unwrap());
+}
+
+#[tokio::test]
+async fn the_table_of_metrics_is_the_programs() {
+    let relay = Relay::start().await;
+    let text = relay.admin("/metrics").await.expect(200).text();
+    let mut rows = std::collections::BTreeMap::<String, (String, String)>::new();
+    for line in text.lines() {
+        if let Some((name, help)) = line.strip_prefix("# HELP ").and_then(|rest| rest.split_once(' ')) {
+            rows.entry(name.to_owned()).or_default().1 = help.to_owned();
+        }
+        if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+            rows.entry(name.to_owned()).or_default().0 = kind.to_owned();
+        }
+    }
+    let mut table = "| metric | type | meaning |\n|---|---|---|\n".to_owned();
+    for (name, (kind, help)) in rows {
+        writeln!(table, "| `{name}` | {kind} | {help} |").unwrap();
+    }
+    section_is("operations.md", "metrics", &table);
+}
+
+#[test]
+fn every_link_between_documents_leads_somewhere() {
+    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("..");
+    let folders = [root.clone(), root.join("docs"), root.join("deploy")];
+    let mut links = 0;
+    for folder in folders {
+        for entry in fs::read_dir(&folder).unwrap() {
+            let file = entry.unwrap().path();
+            if file.extension().is_none_or(|extension| extension != "md") {
+                continue;
+            }
+            let text = fs::read_to_string(&file).unwrap();
+            let targets = text.split("](").skip(1).filter_map(|rest| rest.split([')', '#']).next());
+            for target in targets.filter(|target| !target.is_empty() && !target.contains("://")) {
+                links += 1;
+                assert!(folder.join(target).exists(), "{}: {target} does not exist", file.display());
+            }
+        }
+    }
+    assert!(links > 5, "only {links} links were found");
+}
+
+/// Compares a generated section with a document. With `UPDATE_DOCS` in the environment, writes it there.
+fn section_is(file: &str, name: &str, expected: &str) {
     // Two sections of one file: one is written after the other.
     let _alone = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
     let (begin, end) = (format!("<!-- {name}:begin -->\n"), format!("<!-- {name}:end -->"));
-    let text = document("protocol.md");
+    let text = document(file);
     let start = text.find(&begin).unwrap_or_else(|| panic!("no {begin}")) + begin.len();
     let length = text[start..].find(&end).unwrap_or_else(|| panic!("no {end}"));
     if &text[start..start + length] == expected {
@@ -105,10 +154,10 @@ fn section_is(name: &str, expected: &str) {
     }
     assert!(
         std::env::var_os("UPDATE_DOCS").is_some(),
-        "the section {name} of docs/protocol.md is out of date; run this test with UPDATE_DOCS=1"
+        "the section {name} of docs/{file} is out of date; run this test with UPDATE_DOCS=1"
     );
     let new = [&text[..start], expected, &text[start + length..]].concat();
-    fs::write(path("protocol.md"), new).unwrap();
+    fs::write(path(file), new).unwrap();
 }
 
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());

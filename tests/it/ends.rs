@@ -1,6 +1,6 @@
 //! However a stream ends: the other end hears of it, after all that was sent before, and the records tell of it.
 
-use std::time::Duration;
+use std::{cell::Cell, time::Duration};
 
 use midspan_core::{close::CloseReason, record::StreamState};
 use serde_json::Value;
@@ -35,22 +35,27 @@ async fn a_close_without_a_code_is_passed_on_without_one() {
 
 #[tokio::test]
 async fn all_that_was_sent_before_the_close_arrives_before_it() {
+    // Of 1 MiB each.
+    const PIECES: usize = 64;
     let relay = Relay::start().await;
     let mut link = relay.device("dev1").await;
     for service_sends in [true, false] {
         let mut stream = relay.join(&mut link).await;
         let (from, to) = ends(&mut stream, service_sends);
-        // Four times what lies in the buffers on the way; the reader is not even there yet.
-        let piece = pattern(64 * 1024);
+        let piece = pattern(1024 * 1024);
+        let closed = Cell::new(false);
         let sending = async {
-            for _ in 0..16 {
+            for _ in 0..PIECES {
                 from.send_binary(piece.clone()).await;
             }
             from.close(4321, "that was all").await;
+            closed.set(true);
         };
         let receiving = async {
-            for _ in 0..16 {
-                sleep(Duration::from_millis(50)).await;
+            // Long enough for the writer to fill everything on the way.
+            sleep(Duration::from_secs(1)).await;
+            assert!(!closed.get(), "the buffers on the way hold all of it: send more");
+            for _ in 0..PIECES {
                 assert!(to.next_binary().await == piece, "a message was changed");
             }
             to.closed().await

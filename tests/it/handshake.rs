@@ -407,15 +407,24 @@ async fn a_leg_that_stays_alone_is_told_at_the_handshakes_end() {
 
 #[tokio::test]
 async fn a_leg_that_waits_and_goes_away_leaves_nothing_behind() {
-    let relay = Relay::start().await;
+    let relay = Relay::with(&["--handshake-limit", "3s"]).await;
     let mut link = relay.device("dev1").await;
-    let handshake = relay.handshake("dev1", &mut link).await;
-    let mut leg = relay.device_leg(&handshake).await;
-    leg.send_text("nobody reads this").await;
-    relay.counts("midspan_edge_legs", &[("role", "device")], 1).await;
-    drop(leg);
-    // The relay does not read from a leg that waits, and notices all the same.
-    relay.counts("midspan_edge_legs", &[("role", "device")], 0).await;
+    for role in ["device", "service"] {
+        let handshake = relay.handshake("dev1", &mut link).await;
+        let mut leg = match role {
+            "device" => relay.device_leg(&handshake).await,
+            _ => relay.service_leg(&handshake).await,
+        };
+        leg.send_text("nobody reads this").await;
+        relay.counts("midspan_edge_legs", &[("role", role)], 1).await;
+        drop(leg);
+        // The relay does not read from a leg that waits, and notices all the same.
+        relay.counts("midspan_edge_legs", &[("role", role)], 0).await;
+        assert!(!relay.service().stream(handshake.grant.stream).await.is_ended(), "{role}: not given time");
+        relay.service().ended(handshake.grant.stream, "both_legs_missing").await;
+        relay.assert_quiet().await;
+    }
+    relay.counts("midspan_edge_stream_ends_total", &[("reason", "both_legs_missing")], 2).await;
 }
 
 #[tokio::test]

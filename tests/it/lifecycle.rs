@@ -1,9 +1,10 @@
 //! How the server starts, drains, dies and comes back.
 
-use std::{net::TcpListener, time::Duration};
+use std::{collections::HashSet, net::TcpListener, time::Duration};
 
 use midspan_core::link::GoodbyeReason;
 use secrecy::ExposeSecret as _;
+use serde_json::Value;
 use testkit::{
     DeviceLink, Handshake, Leg, Process, Relay, ServiceApi, Target, binary, eventually, now, until,
 };
@@ -132,13 +133,15 @@ async fn idle_connections_do_not_hold_up_the_end() {
 async fn streams_that_end_in_every_way_leave_nothing_behind() {
     let relay = Relay::with(&["--limit-initiations-per-second", "10000", "--handshake-limit", "5s"]).await;
     let mut link = relay.device("dev1").await;
+    let mut streams = HashSet::new();
     // One round first, so that what is made once is there.
     for round in 0..2 {
-        let files = relay.open_files();
+        let before = (relay.tasks().await, relay.open_files());
         let mut work = JoinSet::new();
         for number in 0..if round == 0 { 8 } else { 160 } {
             let handshake = relay.handshake("dev1", &mut link).await;
             let (target, api) = (relay.target().clone(), relay.service());
+            streams.insert(handshake.grant.stream.to_string());
             work.spawn(async move { end_somehow(number, &target, &api, &handshake).await });
             while work.len() >= 16 {
                 work.join_next().await.unwrap().unwrap();
@@ -147,11 +150,29 @@ async fn streams_that_end_in_every_way_leave_nothing_behind() {
         work.join_all().await;
         relay.assert_quiet().await;
         if round > 0 {
-            eventually("no file is left open", || async { relay.open_files() <= files }).await;
+            relay.shrinks_to(before).await;
         }
     }
     let ends = relay.metrics().await.count("midspan_edge_stream_ends_total", &[]);
     assert_eq!(ends, 168 - 168 / 8, "each stream with a leg ends once");
+
+    // For each stream, the activity log has one record of how it began and one of how it ended.
+    assert_eq!(streams.len(), 168);
+    eventually("the activity log is whole", || async { relay.activity().len() >= 2 * 168 }).await;
+    let records: Vec<_> = relay.activity().iter().map(operation).collect();
+    assert_eq!(records.len(), 2 * 168);
+    for name in ["invoke", "end"] {
+        let told: HashSet<_> = records.iter().filter(|(operation, _)| operation == name).collect();
+        assert_eq!(told.len(), 168, "{name}: a stream is missing, and another one there twice");
+        assert!(told.iter().all(|(_, stream)| streams.contains(stream)), "{name}: a stream that is none");
+    }
+}
+
+/// What an activity record is about: the operation, and the stream's id.
+fn operation(record: &Value) -> (String, String) {
+    let text = |value: &Value| value.as_str().unwrap_or_else(|| panic!("no text in {record}")).to_owned();
+    let properties: Value = serde_json::from_str(&text(&record["properties"])).unwrap();
+    (text(&record["operationName"]), text(&properties["streamId"]))
 }
 
 async fn end_somehow(number: usize, target: &Target, api: &ServiceApi, handshake: &Handshake) {

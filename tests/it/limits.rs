@@ -1,6 +1,6 @@
 //! Limits: on streams, on requests, on connections, on time. Each says which it is.
 
-use std::{sync::Arc, time::Duration};
+use std::{collections::HashMap, sync::Arc, time::Duration};
 
 use futures_util::StreamExt as _;
 use midspan_core::limit::LimitName;
@@ -155,22 +155,23 @@ async fn a_body_that_does_not_come_is_not_waited_for() {
     relay.assert_quiet().await;
 }
 
-#[tokio::test]
+#[tokio::test(flavor = "multi_thread")]
 async fn a_thousand_half_open_streams_leave_nothing_behind() {
     const STREAMS: usize = 1000;
+    const AT_ONCE: usize = 50;
     let limits = [
         "--limit-streams-per-device",
         "2000",
         "--limit-initiations-per-second",
         "100000",
         "--handshake-limit",
-        "20s",
+        "30s",
     ];
     let relay = Relay::with(&limits).await;
     let mut link = relay.device("dev1").await;
-    let files = relay.open_files();
+    let before = (relay.tasks().await, relay.open_files());
     // At so many at a time, the device is asked faster than it answers.
-    let turns = Arc::new(Semaphore::new(16));
+    let turns = Arc::new(Semaphore::new(AT_ONCE));
     let mut asking = JoinSet::new();
     for _ in 0..STREAMS {
         let (service, turns) = (relay.service(), Arc::clone(&turns));
@@ -179,48 +180,62 @@ async fn a_thousand_half_open_streams_leave_nothing_behind() {
             service.open_with("dev1", json!({ "name": "test", "connect_timeout_seconds": 0 })).await.grant()
         });
     }
-    let mut invitations = Vec::new();
+    let mut invitations = HashMap::new();
     for _ in 0..STREAMS {
         let invitation = link.next_request().await;
         link.accept(invitation.request).await;
-        invitations.push(invitation);
+        invitations.insert(invitation.stream, invitation);
     }
-    let grants = asking.join_all().await;
-    // A leg for every tenth, of either role.
-    let mut legs = Vec::new();
-    for grant in grants.iter().step_by(10) {
-        let handshake = testkit::Handshake {
-            invitation: invitations
-                .iter()
-                .find(|invitation| invitation.stream == grant.stream)
-                .unwrap()
-                .clone(),
-            grant: grant.clone(),
-        };
-        legs.push(match legs.len() % 2 {
-            0 => relay.service_leg(&handshake).await,
-            _ => relay.device_leg(&handshake).await,
-        });
-    }
-    assert!(relay.metrics().await.count("midspan_edge_legs", &[]) > 0);
-
-    let mut ends = JoinSet::new();
-    for mut leg in legs {
-        ends.spawn(async move {
-            match tokio::time::timeout(Duration::from_secs(40), leg.socket.next()).await {
-                Ok(Some(Ok(Message::Close(Some(frame))))) => u16::from(frame.code),
-                other => panic!("expected a close frame: {other:?}"),
+    // One leg for each: the service's for one half of them, the device's for the other.
+    let mut opening = JoinSet::new();
+    for (number, grant) in asking.join_all().await.into_iter().enumerate() {
+        let invitation = invitations.remove(&grant.stream).expect("a grant that the device knows nothing of");
+        let (target, turns) = (relay.target().clone(), Arc::clone(&turns));
+        opening.spawn(async move {
+            let _turn = turns.acquire().await.unwrap();
+            match number % 2 {
+                0 => {
+                    (Leg::open(&target, &grant.url, grant.ticket.expose_secret()).await, "device_leg_missing")
+                }
+                _ => {
+                    let ticket = invitation.ticket.expose_secret();
+                    (Leg::open(&target, &invitation.url, ticket).await, "service_leg_missing")
+                }
             }
         });
     }
-    let codes = ends.join_all().await;
-    assert!(codes.iter().all(|&code| code == 1013), "{codes:?}");
+    let legs = opening.join_all().await;
+    relay.counts("midspan_edge_streams", &[("state", "half_open")], 1000).await;
+    assert_eq!(relay.metrics().await.count("midspan_edge_legs", &[]), 1000);
+
+    let mut ends = JoinSet::new();
+    for (mut leg, reason) in legs {
+        ends.spawn(async move {
+            let told = async {
+                loop {
+                    match leg.socket.next().await {
+                        Some(Ok(Message::Ping(_))) => {}
+                        Some(Ok(Message::Close(Some(frame)))) => return frame,
+                        other => panic!("expected a close frame: {other:?}"),
+                    }
+                }
+            };
+            let told =
+                tokio::time::timeout(Duration::from_secs(90), told).await.expect("not told of the end");
+            assert_eq!(u16::from(told.code), 1013, "{told:?}");
+            assert!(told.reason.starts_with(&format!("{reason}: ")), "{told:?}");
+        });
+    }
+    ends.join_all().await;
     relay.assert_quiet().await;
+    for reason in ["device_leg_missing", "service_leg_missing"] {
+        relay.counts("midspan_edge_stream_ends_total", &[("reason", reason)], 500).await;
+    }
     eventually("no stream is listed", || async {
         relay.service().get("/v1/streams").await.expect(200).json()["items"].as_array().unwrap().is_empty()
     })
     .await;
-    eventually("no file is left open", || async { relay.open_files() <= files }).await;
+    relay.shrinks_to(before).await;
 }
 
 #[tokio::test]
@@ -259,24 +274,27 @@ async fn connections_are_limited() {
 
 #[tokio::test]
 async fn a_header_that_comes_byte_by_byte_is_cut() {
-    let relay = Relay::with(&["--header-limit", "1s"]).await;
-    let mut slow = relay.target().connect().await;
-    let start = Instant::now();
-    let request = format!("GET /v1/endpoints HTTP/1.1\r\nHost: {}\r\nX-Slow: ", relay.target().authority);
-    let mut answer = Vec::new();
-    for byte in request.bytes().chain(std::iter::repeat(b'x')) {
-        assert!(start.elapsed() < testkit::DEADLINE, "the relay waits for ever");
-        if slow.write_all(&[byte]).await.is_err() || slow.flush().await.is_err() {
-            break;
+    let relay = Relay::with(&["--header-limit", "3s"]).await;
+    let cut = async |path: &str| {
+        let mut slow = relay.target().connect().await;
+        let start = Instant::now();
+        slow.write_all(upgrade_head(&relay, path).as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        loop {
+            assert!(start.elapsed() < testkit::DEADLINE, "the relay waits for ever");
+            if slow.write_all(b"x").await.is_err() || slow.flush().await.is_err() {
+                break;
+            }
+            let read = tokio::time::timeout(Duration::from_secs(1), slow.read_buf(&mut answer)).await;
+            if matches!(read, Ok(Ok(0) | Err(_))) {
+                break;
+            }
         }
-        let read = tokio::time::timeout(Duration::from_millis(100), slow.read_buf(&mut answer)).await;
-        if matches!(read, Ok(Ok(0) | Err(_))) {
-            break;
-        }
-    }
-    assert!(start.elapsed() >= Duration::from_millis(900), "cut before its time");
-    assert!(answer.is_empty() || answer.starts_with(b"HTTP/1.1 408"), "{}", String::from_utf8_lossy(&answer));
-    drop(slow);
+        // Without a word: there is no request yet to answer.
+        assert_eq!(String::from_utf8_lossy(&answer), "", "{path}");
+        assert!(start.elapsed() >= Duration::from_millis(2900), "{path}: cut before its time");
+    };
+    tokio::join!(cut("/bridges/0123456789abcdef0123456789abcdef/service"), cut("/v1/devices/dev1/link"));
     relay.assert_quiet().await;
 }
 
@@ -296,22 +314,27 @@ async fn a_connection_that_says_nothing_is_cut() {
 #[tokio::test]
 async fn a_header_that_is_too_long_is_refused() {
     let relay = Relay::start().await;
-    for length in [20 << 10, 1 << 20] {
-        let (mut read, mut write) = tokio::io::split(relay.target().connect().await);
-        let head = format!("GET /v1/endpoints HTTP/1.1\r\nHost: {}\r\nX-Long: ", relay.target().authority);
-        let request = [head.as_bytes(), &vec![b'x'; length], b"\r\n\r\n"].concat();
-        let writing = async {
-            // The relay need not take all of it.
-            let _ = write.write_all(&request).await;
-            let _ = write.flush().await;
-        };
-        let reading = async {
-            let mut answer = Vec::new();
-            let _ = read.read_to_end(&mut answer).await;
-            String::from_utf8_lossy(&answer).into_owned()
-        };
-        let ((), answer) = within("the answer", async { tokio::join!(writing, reading) }).await;
-        assert!(answer.starts_with("HTTP/1.1 431 "), "{length} bytes: {answer:?}");
+    for path in ["/bridges/0123456789abcdef0123456789abcdef/service", "/v1/devices/dev1/link"] {
+        for length in [20 << 10, 1 << 20] {
+            let head = upgrade_head(&relay, path);
+            let request = [head.as_bytes(), &vec![b'x'; length], b"\r\n\r\n"].concat();
+            let answer = exchange(&relay, &request).await;
+            assert_refused(&answer, "431 Request Header Fields Too Large");
+        }
+    }
+    relay.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn garbage_instead_of_http_is_refused() {
+    let relay = Relay::start().await;
+    for garbage in [
+        &b"SSH-2.0-OpenSSH_9.9\r\n"[..],
+        &[0; 100],
+        b"GET /v1/endpoints\r\n\r\n",
+        b"G\xffT / HTTP/1.1\r\n\r\n",
+    ] {
+        assert_refused(&exchange(&relay, garbage).await, "400 Bad Request");
     }
     relay.assert_quiet().await;
 }
@@ -329,4 +352,38 @@ async fn garbage_instead_of_tls_is_cut() {
     }
     relay.counts("midspan_listener_tls_failures_total", &[("cause", "protocol")], 3).await;
     relay.assert_quiet().await;
+}
+
+/// The header of an upgrade, up to and into one field more that is still open.
+fn upgrade_head(relay: &Relay, path: &str) -> String {
+    format!(
+        "GET {path} HTTP/1.1\r\nHost: {}\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+         Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\nX-Long: ",
+        relay.target().authority
+    )
+}
+
+/// Sends bytes over TLS, as far as they are taken, and gives all that comes back until the connection ends.
+async fn exchange(relay: &Relay, request: &[u8]) -> String {
+    let (mut read, mut write) = tokio::io::split(relay.target().connect().await);
+    let writing = async {
+        // The relay need not take all of it.
+        let _ = write.write_all(request).await;
+        let _ = write.flush().await;
+    };
+    let reading = async {
+        let mut answer = Vec::new();
+        let _ = read.read_to_end(&mut answer).await;
+        String::from_utf8_lossy(&answer).into_owned()
+    };
+    within("the answer", async { tokio::join!(writing, reading) }).await.1
+}
+
+/// Checks that the HTTP parser refused: a status, an empty body, and nothing after it.
+#[track_caller]
+fn assert_refused(answer: &str, status: &str) {
+    let (head, body) = answer.split_once("\r\n\r\n").unwrap_or_else(|| panic!("no answer: {answer:?}"));
+    assert_eq!(head.lines().next(), Some(format!("HTTP/1.1 {status}").as_str()));
+    assert!(head.lines().any(|line| line.eq_ignore_ascii_case("content-length: 0")), "{head}");
+    assert_eq!(body, "");
 }

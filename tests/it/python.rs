@@ -41,6 +41,14 @@ async fn a_python_service_streams_with_midspan() {
     relay.assert_quiet().await;
 }
 
+#[test]
+fn the_python_clients_are_short() {
+    for name in ["device.py", "service.py"] {
+        let text = std::fs::read_to_string(tools::repository().join("tests/python").join(name)).unwrap();
+        assert!(text.lines().count() < 100, "{name}: {} lines", text.lines().count());
+    }
+}
+
 async fn python_device(python: &PathBuf, relay: &Relay) -> Process {
     let device = Process::spawn(script(python, "device.py", relay, "dev1.connection", &[]));
     let connected = || async { device.stdout_text().contains("connected\n") };

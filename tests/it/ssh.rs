@@ -24,14 +24,20 @@ const FILE_BYTES: u64 = 200 << 20;
 const SESSIONS: usize = 50;
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// These tests keep both cores busy, and share one directory of the system.
+/// Each of these tests takes all the processor time there is: side by side they would only be slower.
 static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
+
+/// The way through the relay, as README.md has it.
+const PROXY_COMMAND: &str = "ProxyCommand=midspan connect --stdio %h";
 
 /// In sshd's view: where it takes its privileges off.
 const PRIVILEGE_SEPARATION: &str = "/run/sshd";
 
 #[tokio::test(flavor = "multi_thread")]
 async fn ssh_runs_a_command_on_a_device() {
+    let readme = fs::read_to_string(tools::repository().join("README.md")).unwrap();
+    let (name, value) = PROXY_COMMAND.split_once('=').unwrap();
+    assert!(readme.contains(&format!("ssh -o {name}='{value}' dev1")), "README.md shows another command");
     let Some(site) = Site::start().await else { return };
     for host in ["dev1", "local"] {
         let mut ssh = site.ssh(host, "cat; echo to the other side >&2; exit 7");
@@ -97,7 +103,6 @@ struct Site {
     ssh: PathBuf,
     scp: PathBuf,
     _processes: [Process; 3],
-    _run: RunDirectory,
     _alone: MutexGuard<'static, ()>,
 }
 
@@ -106,7 +111,7 @@ impl Site {
         let (sshd, ssh) = (tools::program("sshd")?, tools::program("ssh")?);
         let (scp, keygen) = (tools::program("scp")?, tools::program("ssh-keygen")?);
         let alone = ONE_AT_A_TIME.lock().await;
-        let run = RunDirectory::make();
+        make_run_directory();
         let folder = tempfile::tempdir().unwrap();
         for name in ["host_key", "user_key"] {
             let mut command = Command::new(&keygen);
@@ -120,27 +125,43 @@ impl Site {
         let device = Midspan::device(&relay, &["--allow", &format!("ssh=127.0.0.1:{port}")]).await;
         let service = Midspan::service(&relay, &["connect", "dev1", "ssh", "-L", "127.0.0.1:0"]);
         let local = local_address(&service).await;
-        write_client_configuration(&relay, folder.path(), &local);
+        write_client_configuration(folder.path(), &local);
         let processes = [server, device, service];
-        Some(Self { relay, folder, ssh, scp, _processes: processes, _run: run, _alone: alone })
+        Some(Self { relay, folder, ssh, scp, _processes: processes, _alone: alone })
     }
 
     fn ssh(&self, host: &str, script: &str) -> Process {
-        let mut command = Command::new(&self.ssh);
-        command.arg("-F").arg(self.folder.path().join("client")).args([host, script]);
+        let mut command = self.client(&self.ssh, host == "dev1");
+        command.args([host, script]);
         Process::spawn(command)
     }
 
     async fn scp(&self, from: &str, to: &str) {
-        let mut command = Command::new(&self.scp);
-        command.arg("-F").arg(self.folder.path().join("client")).args(["-q", from, to]);
+        let mut command = self.client(&self.scp, [from, to].iter().any(|name| name.starts_with("dev1:")));
+        command.args(["-q", from, to]);
         tools::succeeds("scp", &mut Process::spawn(command), LIMIT).await;
+    }
+
+    /// `ssh` or `scp`; through the relay exactly as README.md says.
+    fn client(&self, program: &Path, through_relay: bool) -> Command {
+        let mut command = Command::new(program);
+        command.arg("-F").arg(self.folder.path().join("client"));
+        if through_relay {
+            command.args(["-o", PROXY_COMMAND]);
+            let midspan = binary("midspan");
+            let mut path = vec![Path::new(midspan.get_program()).parent().unwrap().to_owned()];
+            path.extend(std::env::split_paths(&std::env::var_os("PATH").unwrap_or_default()));
+            command.env("PATH", std::env::join_paths(path).unwrap());
+            command.env("MIDSPAN_CONNECTION_STRING_FILE", self.relay.path("service.connection"));
+            command.env("MIDSPAN_CA", self.relay.path("ca.pem"));
+        }
+        command
     }
 }
 
 /// Starts a server with a configuration and keys of its own, and waits until it greets.
 async fn start_sshd(sshd: &Path, folder: &Path) -> (Process, u16) {
-    // The port is free now; nobody else on this machine is likely to take it within the next moment.
+    // The port is free now; nobody else is likely to take it within the next moment.
     let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port();
     let configuration = folder.join("server");
     let text = format!(
@@ -174,16 +195,13 @@ async fn start_sshd(sshd: &Path, folder: &Path) -> (Process, u16) {
 }
 
 /// One key, one known host, and nothing from the account that runs the tests.
-fn write_client_configuration(relay: &Relay, folder: &Path, local: &str) {
+fn write_client_configuration(folder: &Path, local: &str) {
     let host_key = fs::read_to_string(folder.join("host_key.pub")).unwrap();
     fs::write(folder.join("known_hosts"), format!("dev1 {host_key}")).unwrap();
-    let midspan = binary("midspan");
     let (address, port) = local.rsplit_once(':').unwrap();
     let user = Command::new("id").arg("-un").output().unwrap().stdout;
     let text = format!(
-        "Host dev1\n\
-         ProxyCommand {midspan} --connection-string-file {connection} --ca {ca} connect --stdio dev1 ssh\n\
-         Host local\n\
+        "Host local\n\
          HostName {address}\n\
          Port {port}\n\
          Host *\n\
@@ -197,9 +215,6 @@ fn write_client_configuration(relay: &Relay, folder: &Path, local: &str) {
          StrictHostKeyChecking yes\n\
          BatchMode yes\n\
          LogLevel ERROR\n",
-        midspan = midspan.get_program().to_str().unwrap(),
-        connection = relay.path("service.connection").display(),
-        ca = relay.path("ca.pem").display(),
         user = String::from_utf8(user).unwrap().trim(),
         folder = folder.display(),
     );
@@ -218,28 +233,11 @@ fn digest(path: &Path) -> Vec<u8> {
     }
 }
 
-/// The directory that a server started by root insists on. It is removed again when it was not there before.
-struct RunDirectory {
-    made: bool,
-}
-
-impl RunDirectory {
-    fn make() -> Self {
-        // Another account cannot make it, and needs none.
-        let made = fs::DirBuilder::new().mode(0o755).create(PRIVILEGE_SEPARATION).is_ok();
-        if made {
-            // Whatever the process's mask is.
-            fs::set_permissions(PRIVILEGE_SEPARATION, fs::Permissions::from_mode(0o755)).unwrap();
-        }
-        Self { made }
-    }
-}
-
-impl Drop for RunDirectory {
-    fn drop(&mut self) {
-        if self.made {
-            // A server that still holds it keeps what it holds.
-            let _ = fs::remove_dir(PRIVILEGE_SEPARATION);
-        }
+/// Makes the directory that a server started by root insists on, and leaves it: another run may need it by now.
+fn make_run_directory() {
+    // Another account cannot make it, and needs none.
+    if fs::DirBuilder::new().mode(0o755).create(PRIVILEGE_SEPARATION).is_ok() {
+        // Whatever the process's mask is.
+        fs::set_permissions(PRIVILEGE_SEPARATION, fs::Permissions::from_mode(0o755)).unwrap();
     }
 }

@@ -103,6 +103,23 @@ async fn a_relay_without_a_usable_certificate_does_not_start_and_says_why() {
 }
 
 #[tokio::test]
+async fn a_public_host_that_the_certificate_does_not_cover_is_warned_of() {
+    let folder = tempfile::tempdir().unwrap();
+    Authority::new().issue(folder.path(), &["localhost", "relay.example"], Duration::days(1));
+    let hosts = ["--public-host", "relay.example", "--public-host", "other.example"];
+    let relay = Relay::with(&[&arguments(folder.path())[..], &hosts].concat()).await;
+    let warned: Vec<_> = relay
+        .log_records()
+        .into_iter()
+        .filter(|record| record["level"] == "WARN")
+        .map(|record| record.to_string())
+        .filter(|record| record.contains("does not cover"))
+        .collect();
+    let [warning] = warned.as_slice() else { panic!("{warned:?}") };
+    assert!(warning.contains("other.example") && warning.contains("server.pem"), "{warning}");
+}
+
+#[tokio::test]
 async fn the_client_says_what_is_wrong_with_a_certificate() {
     let folder = tempfile::tempdir().unwrap();
     let trusted = folder.path().join("ca.pem");

@@ -53,6 +53,10 @@ impl Answer {
         assert_eq!(request_id, Some(problem.request_id.as_str()), "the request ids differ");
         let retry_after = self.headers.get("retry-after").map(|value| value.to_str().unwrap().to_owned());
         assert_eq!(retry_after, problem.retry_after_seconds.map(|seconds| seconds.to_string()));
+        assert!(
+            !matches!(status, 429 | 503) || problem.retry_after_seconds.is_some(),
+            "a {status} that does not say when to come back: {problem:?}"
+        );
         problem
     }
 

@@ -35,6 +35,11 @@ impl Metrics {
         self.of(name).any(|sample| sample.has(labels))
     }
 
+    /// All of it, as it came.
+    pub fn text(&self) -> String {
+        self.text.clone()
+    }
+
     /// The names that a `# TYPE` line announces.
     pub fn names(&self) -> Vec<&str> {
         let types = self.text.lines().filter_map(|line| line.strip_prefix("# TYPE "));

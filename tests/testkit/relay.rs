@@ -265,6 +265,19 @@ impl Relay {
         assert!(in_time.is_ok(), "left behind: {left}");
     }
 
+    /// How many tasks the relay runs, one of them for this question.
+    pub async fn tasks(&self) -> i64 {
+        let metrics = self.metrics().await;
+        assert!(metrics.has("midspan_process_tasks", &[]), "no gauge of tasks");
+        metrics.count("midspan_process_tasks", &[])
+    }
+
+    /// Waits until the relay runs no more tasks, and has no more files and sockets open, than before.
+    pub async fn shrinks_to(&self, (tasks, files): (i64, usize)) {
+        eventually("no task is left running", || async { self.tasks().await <= tasks }).await;
+        eventually("no file is left open", || async { self.open_files() <= files }).await;
+    }
+
     /// The relay's resident memory in KiB.
     pub fn resident_kib(&self) -> u64 {
         let status = fs::read_to_string(format!("/proc/{}/status", self.process.id())).unwrap();

@@ -163,6 +163,16 @@ mod tests {
     }
 
     #[test]
+    fn grants_do_not_show_their_ticket() {
+        let json = r#"{"stream":"0123456789abcdef0123456789abcdef","url":"wss://h/x","ticket":"SECRET",
+            "expires":"2026-11-21T09:00:00Z","capabilities":[],"connect_timeout_seconds":1,"response_timeout_seconds":1,
+            "traceparent":"00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}"#;
+        let grant: StreamGrant = serde_json::from_str(json).unwrap();
+        assert!(!format!("{grant:?}").contains("SECRET"));
+        assert!(serde_json::to_string(&grant).unwrap().contains("SECRET"));
+    }
+
+    #[test]
     fn unknown_fields_of_a_request_are_refused() {
         let error = serde_json::from_str::<StreamRequest>(r#"{"name":"ssh","timeout":5}"#).unwrap_err();
         assert!(error.to_string().contains("unknown field `timeout`"), "{error}");

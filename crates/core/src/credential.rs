@@ -446,6 +446,15 @@ mod tests {
     }
 
     #[test]
+    fn debug_shows_no_key() {
+        let shown = format!("{:?}", credentials());
+        assert!(shown.contains("Key(redacted)"), "{shown}");
+        for n in [1, 2, 3, 9] {
+            assert!(!shown.contains(key(n).to_base64().expose_secret()), "{shown}");
+        }
+    }
+
+    #[test]
     fn labels_are_a_closed_set() {
         let expired = AuthError::Expired { seconds: 1, now: NOW };
         assert!(AuthError::LABELS.contains(&expired.label()));

@@ -15,6 +15,7 @@ pub mod id;
 pub mod key;
 pub mod limit;
 pub mod link;
+pub mod path;
 pub mod placement;
 pub mod problem;
 pub mod record;

@@ -3,7 +3,10 @@
 //! `SharedAccessSignature sr={resource}&sig={signature}&se={expiry}[&skn={policy}]`, where the signature is
 //! HMAC-SHA256 over the text of `sr` exactly as it stands in the token, a line feed, and the text of `se`.
 
-use std::{borrow::Cow, fmt::Write as _};
+use std::{
+    borrow::Cow,
+    fmt::{self, Write as _},
+};
 
 use base64::{Engine as _, engine::general_purpose::STANDARD};
 use percent_encoding::{NON_ALPHANUMERIC, percent_decode_str, utf8_percent_encode};
@@ -17,8 +20,8 @@ pub const MAX_LENGTH: usize = 4096;
 
 const SCHEME: &str = "SharedAccessSignature ";
 
-/// A parsed signature, not yet verified.
-#[derive(Debug, Clone)]
+/// A parsed signature, not yet verified. `Debug` leaves the signature out: with the rest it is a credential.
+#[derive(Clone)]
 pub struct SasToken {
     resource: String,
     signature: [u8; 32],
@@ -154,6 +157,16 @@ impl SasToken {
     }
 }
 
+impl fmt::Debug for SasToken {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("SasToken")
+            .field("resource", &self.resource)
+            .field("expires", &self.expires)
+            .field("policy", &self.policy)
+            .finish_non_exhaustive()
+    }
+}
+
 /// Compares host names without their ports, as DNS does.
 fn names_host(text: &str, hosts: &[String]) -> bool {
     hosts.iter().any(|host| without_port(host).eq_ignore_ascii_case(without_port(text)))
@@ -184,6 +197,8 @@ mod tests {
     fn hosts() -> Vec<String> {
         vec!["relay.example:8443".to_owned()]
     }
+
+    const FORM: &str = "SharedAccessSignature sr=RES&sig=SIG&se=1700000000";
 
     fn raw(resource: &str, order: &str, lower: bool) -> String {
         let mac = key().mac(&[resource.as_bytes(), b"\n", b"1700000000"]);
@@ -252,6 +267,13 @@ mod tests {
         }
         let long = format!("SharedAccessSignature sr={}", "a".repeat(MAX_LENGTH));
         assert_eq!(SasToken::parse(&long).unwrap_err(), SasError::TooLong);
+    }
+
+    #[test]
+    fn debug_shows_no_signature() {
+        let token = SasToken { signature: [0xab; 32], ..SasToken::parse(&raw("h", FORM, false)).unwrap() };
+        let shown = format!("{token:?}");
+        assert!(!shown.contains("171") && !shown.contains("signature"), "{shown}");
     }
 
     #[test]

@@ -7,6 +7,7 @@ use hyper_util::rt::TokioIo;
 use midspan_core::{
     close::CloseReason,
     id::{Role, StreamId},
+    path::LegPath,
     problem::{Problem, ProblemKind},
     session::AttachError,
     ticket::{Ticket, TicketError},
@@ -14,8 +15,8 @@ use midspan_core::{
 use midspan_platform::{
     clock,
     http::{
-        HttpRequest, HttpResponse, authenticated, client_address, empty, header as header_value, problem,
-        websocket_key,
+        HttpRequest, HttpResponse, authenticated, client_address, empty, first_subprotocol,
+        header as header_value, problem, websocket_key,
     },
     listener::Connection,
     metrics::Counted,
@@ -52,7 +53,7 @@ impl Edge {
     }
 
     fn open_leg(self: &Arc<Self>, mut request: HttpRequest) -> Result<HttpResponse, Problem> {
-        let (stream, role) = parse_path(request.uri().path())?;
+        let LegPath { stream, role } = LegPath::parse(request.uri().path())?;
         if request.method() != Method::GET {
             return Err(Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET"));
         }
@@ -136,19 +137,6 @@ impl Edge {
     }
 }
 
-/// `/bridges/{stream}/service` or `/bridges/{stream}/device`.
-fn parse_path(path: &str) -> Result<(StreamId, Role), Problem> {
-    let not_found = || {
-        Problem::new(
-            ProblemKind::NotFound,
-            "a leg is at /bridges/{stream}/service or /bridges/{stream}/device",
-        )
-    };
-    let (stream, role) =
-        path.strip_prefix("/bridges/").and_then(|rest| rest.split_once('/')).ok_or_else(not_found)?;
-    Ok((stream.parse().map_err(|_| not_found())?, role.parse().map_err(|_| not_found())?))
-}
-
 /// Checks the upgrade's headers and gives the value of `Sec-WebSocket-Accept`.
 fn check_upgrade(headers: &HeaderMap) -> Result<HeaderValue, Problem> {
     let required = |what: &str| {
@@ -157,11 +145,6 @@ fn check_upgrade(headers: &HeaderMap) -> Result<HeaderValue, Problem> {
     };
     let key = websocket_key(headers).map_err(required)?;
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| required("Sec-WebSocket-Key"))
-}
-
-fn first_subprotocol(headers: &HeaderMap) -> Option<HeaderValue> {
-    let first = headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?.split(',').next()?.trim();
-    if first.is_empty() { None } else { HeaderValue::from_str(first).ok() }
 }
 
 fn into_leg(upgraded: hyper::upgrade::Upgraded, role: Role, counted: Counted) -> Result<Leg, &'static str> {

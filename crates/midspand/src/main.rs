@@ -4,10 +4,11 @@ mod development;
 mod environment;
 mod roles;
 mod server;
+mod settings;
 
 use std::process::ExitCode;
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory as _, Parser, Subcommand};
 use midspan_platform::telemetry;
 
 #[global_allocator]
@@ -32,6 +33,9 @@ enum Role {
     Control(Box<roles::control::ControlArguments>),
     /// The streaming edge: joins the legs of streams
     Edge(Box<roles::edge::EdgeArguments>),
+    /// Print the table of all settings, in Markdown, as it stands in docs/operations.md
+    #[command(hide = true)]
+    Settings,
 }
 
 fn main() -> ExitCode {
@@ -51,6 +55,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Dev(dev) => &dev.log,
         Role::Control(control) => &control.log,
         Role::Edge(edge) => &edge.log,
+        Role::Settings => return settings::print(&Arguments::command()),
     };
     telemetry::start(log)?;
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
@@ -59,6 +64,7 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
             Role::Dev(dev) => roles::dev::run(*dev).await,
             Role::Control(control) => roles::control::run(*control).await,
             Role::Edge(edge) => roles::edge::run(*edge).await,
+            Role::Settings => Ok(()),
         }
     });
     // A thread that is stuck in a system call must not keep a stopped process alive.

@@ -14,6 +14,7 @@ use midspan_platform::{
     secrets::{SecretSettings, Secrets},
     tls::{self, TlsFiles},
 };
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::ServerConfig;
 use tracing::{Span, info, warn};
 
@@ -65,6 +66,9 @@ pub(crate) struct Process {
     listener_metrics: ListenerMetrics,
 }
 
+/// Descriptors that are no connection of the public listener: files, listeners, the admin port, the runtime.
+const OTHER_DESCRIPTORS: u64 = 100;
+
 /// How long tasks may take to end once everything has been told to.
 const LAST_TASKS: Duration = Duration::from_secs(10);
 
@@ -72,8 +76,9 @@ const LAST_TASKS: Duration = Duration::from_secs(10);
 const LAST_TASKS_HARD: Duration = Duration::from_secs(1);
 
 impl ServerSettings {
-    /// Reads secrets and takes the admin port.
+    /// Makes room for descriptors, reads secrets and takes the admin port.
     pub(crate) async fn prepare(&self) -> anyhow::Result<Process> {
+        self.raise_descriptor_limit();
         let lifecycle = Lifecycle::new();
         let metrics = Metrics::new();
         let secrets = Secrets {
@@ -88,6 +93,17 @@ impl ServerSettings {
             metrics,
             secrets,
         })
+    }
+
+    /// Raises the soft limit on open files to the hard one, and warns when that is too few for `--max-connections`.
+    fn raise_descriptor_limit(&self) {
+        let limit = getrlimit(Resource::Nofile);
+        let raised = setrlimit(Resource::Nofile, Rlimit { current: limit.maximum, ..limit });
+        let limit = if raised.is_ok() { limit.maximum } else { limit.current };
+        let needed = self.connections.max_connections as u64 + OTHER_DESCRIPTORS;
+        if limit.is_some_and(|limit| limit < needed) {
+            warn!(limit, needed, "too few open files are allowed for --max-connections; raise `ulimit -n`");
+        }
     }
 
     /// The TLS configuration of the public listener, or `None` for plaintext.

@@ -86,6 +86,12 @@ pub fn websocket_key(headers: &HeaderMap) -> Result<&HeaderValue, &'static str> 
     key.ok_or("Sec-WebSocket-Key: {16 random bytes in base64}")
 }
 
+/// The first of the subprotocols that an upgrade request offers (RFC 6455, section 4.2.2), when it offers any.
+pub fn first_subprotocol(headers: &HeaderMap) -> Option<HeaderValue> {
+    let first = headers.get(header::SEC_WEBSOCKET_PROTOCOL)?.to_str().ok()?.split(',').next()?.trim();
+    if first.is_empty() { None } else { HeaderValue::from_str(first).ok() }
+}
+
 /// An answer with a JSON body.
 pub fn json<T: Serialize>(status: StatusCode, body: &T) -> HttpResponse {
     match serde_json::to_vec(body) {

@@ -86,6 +86,11 @@ impl Lifecycle {
         Ok(())
     }
 
+    /// How many tasks have not ended.
+    pub fn task_count(&self) -> usize {
+        self.tasks.len()
+    }
+
     /// Waits until every task has ended.
     pub async fn finished(&self) {
         self.tasks.close();

@@ -3,16 +3,19 @@
 use std::{process::Stdio, time::Duration};
 
 use futures_util::{SinkExt as _, StreamExt as _};
+use midspan_client::{Clock as _, SystemClock};
+use midspan_core::time::UnixTime;
+use serde_json::json;
 use tokio::{
     io::{AsyncBufReadExt as _, AsyncReadExt as _, AsyncWriteExt as _, BufReader},
     net::{TcpListener, TcpStream},
     process::{Child, Command},
-    time::timeout,
+    time::{Instant, timeout},
 };
 use tokio_tungstenite::tungstenite::Message as Frame;
 
 use crate::{
-    relay::{Incoming, Relay},
+    relay::{Incoming, Relay, link_message},
     within,
 };
 
@@ -59,6 +62,79 @@ async fn a_cut_and_a_refusal_have_their_codes_and_one_line() {
         );
     })
     .await;
+}
+
+#[tokio::test]
+async fn a_relay_that_has_no_room_is_asked_again_when_it_says_soon() {
+    let relay = Relay::start().await;
+    within(20, async {
+        let mut child = midspan(&relay, SERVICE, &["connect", "--stdio", "dev1"]);
+        let mut output = child.stdout.take().unwrap();
+        relay.refuse_for(1, 503, "unavailable").await;
+        let begin = Instant::now();
+        relay.grant().await;
+        assert!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
+        let mut leg = relay.accept().await;
+        leg.socket.send(Frame::binary("banner")).await.unwrap();
+        let mut banner = [0; 6];
+        output.read_exact(&mut banner).await.unwrap();
+        assert_eq!(&banner, b"banner");
+
+        let mut child = midspan(&relay, SERVICE, &["connect", "dev1", "web", "-L", "0"]);
+        let mut lines = BufReader::new(child.stderr.take().unwrap()).lines();
+        let line = lines.next_line().await.unwrap().unwrap();
+        let mut local = TcpStream::connect(line.strip_prefix("listening on ").unwrap()).await.unwrap();
+        relay.refuse_for(1, 429, "limit_reached").await;
+        relay.grant().await;
+        let mut leg = relay.accept().await;
+        local.write_all(b"question").await.unwrap();
+        assert_eq!(next_data(&mut leg).await, Frame::binary("question"));
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_relay_that_has_no_room_for_long_is_a_failure_at_once() {
+    let relay = Relay::start().await;
+    for (status, name, code) in [(503, "unavailable", 9), (429, "limit_reached", 8)] {
+        within(10, async {
+            let mut child = midspan(&relay, SERVICE, &["connect", "--stdio", "dev1"]);
+            relay.refuse_for(60, status, name).await;
+            assert_eq!(child.wait().await.unwrap().code(), Some(code), "{name}");
+        })
+        .await;
+    }
+}
+
+#[tokio::test]
+async fn a_clock_that_is_wrong_is_named_in_the_log() {
+    let relay = Relay::start().await;
+    for (seconds, words) in [(600, "behind"), (-600, "ahead of"), (0, "")] {
+        let mut child = midspan(&relay, "DeviceId=dev1", &["device", "--allow", "ssh=127.0.0.1:22"]);
+        within(10, async {
+            let mut welcome = link_message("welcome");
+            let now = SystemClock.unix_now().0.checked_add_signed(seconds).unwrap();
+            let time = |at| json!(UnixTime(at));
+            (welcome["now"], welcome["expires"]) = (time(now), time(now + 3600));
+            let mut link = relay.welcome(&welcome).await;
+            // Whoever answers has read the welcome.
+            link.tell(&relay.invitation("telnet", 1)).await;
+            assert_eq!(link.hear().await["type"], "reject");
+            terminate(&child).await;
+            while let Some(Ok(_)) = link.socket.next().await {}
+            let mut log = String::new();
+            child.stderr.take().unwrap().read_to_string(&mut log).await.unwrap();
+            let line = log.lines().find(|line| line.contains("clock"));
+            let Some(line) = line.filter(|_| seconds != 0) else {
+                assert_eq!((line, seconds), (None, 0), "{log}");
+                return;
+            };
+            assert!(line.contains("WARN") && line.contains(&format!(" {words} the relay's")), "{line}");
+            // A second or two may pass on the way.
+            assert!((597..=603).any(|difference| line.contains(&format!(" {difference} s "))), "{line}");
+        })
+        .await;
+    }
 }
 
 #[tokio::test]

@@ -9,8 +9,8 @@ use std::{sync::Arc, time::Duration};
 
 use futures_util::{SinkExt as _, StreamExt as _};
 use midspan_client::{
-    Capabilities, Device, DeviceSettings, Handler, Invitation, Message, Service, Stream, StreamError,
-    stream_request,
+    Capabilities, Device, DeviceSettings, Handler, Invitation, Message, OpenError, Service, Stream,
+    StreamError, stream_request,
 };
 use serde_json::json;
 use tokio::{
@@ -127,6 +127,109 @@ async fn a_device_survives_a_relay_that_is_not_there_yet() {
         relay.refuse(401, "unauthorized").await;
         relay.refuse(503, "unavailable").await;
         let _link = relay.link(3600).await;
+        stop.cancel();
+    };
+    within(15, async { tokio::join!(device, story) }).await;
+}
+
+#[tokio::test]
+async fn a_device_dials_again_with_the_same_ticket() {
+    let relay = Relay::start().await;
+    let stop = CancellationToken::new();
+    let device = relay.device(DeviceSettings::default()).run(Echo, stop.clone());
+    let story = async {
+        let mut link = relay.link(3600).await;
+        link.tell(&relay.invitation("echo", 1)).await;
+        assert_eq!(link.hear().await["type"], "accept");
+        let first = relay.drop_one().await;
+        // The relay has not noticed yet.
+        let second = relay.refuse(409, "leg_taken").await;
+        for head in [first, second] {
+            assert!(head.starts_with(&format!("GET /bridges/{STREAM}/device HTTP/1.1\r\n")), "{head}");
+            assert!(head.contains("authorization: Bearer TICKET\r\n"), "{head}");
+        }
+        let mut leg = relay.accept().await;
+        assert_eq!(
+            (leg.path.as_str(), leg.authorization.as_str()),
+            (format!("/bridges/{STREAM}/device").as_str(), "Bearer TICKET")
+        );
+        leg.socket.send(Frame::text("hello")).await.unwrap();
+        assert_eq!(leg.socket.next().await.unwrap().unwrap(), Frame::text("hello"));
+        leg.socket.close(None).await.unwrap();
+        stop.cancel();
+    };
+    within(15, async { tokio::join!(device, story) }).await;
+}
+
+#[tokio::test]
+async fn a_service_dials_again_with_the_same_ticket() {
+    let relay = Relay::start().await;
+    let service = Service::new(relay.connection("SharedAccessKeyName=support"), options()).unwrap();
+    let story = async {
+        relay.grant().await;
+        let head = relay.drop_one().await;
+        assert!(head.contains("authorization: Bearer TICKET\r\n"), "{head}");
+        let mut leg = relay.accept().await;
+        assert_eq!(leg.authorization, "Bearer TICKET");
+        leg.socket.send(Frame::text("hello")).await.unwrap();
+        leg
+    };
+    let opening = async {
+        let request = stream_request("ssh".parse().unwrap(), Capabilities::none());
+        let mut stream = service.open(&"dev1".parse().unwrap(), &request).await.unwrap();
+        assert_eq!(stream.receive().await.unwrap(), Some(Message::Text("hello".to_owned())));
+    };
+    within(15, async { tokio::join!(story, opening) }).await;
+}
+
+#[tokio::test]
+async fn a_leg_that_is_refused_for_good_is_not_dialled_again() {
+    let relay = Relay::start().await;
+    let service = Service::new(relay.connection("SharedAccessKeyName=support"), options()).unwrap();
+    let request = stream_request("ssh".parse().unwrap(), Capabilities::none());
+    let device = "dev1".parse().unwrap();
+    let refused = async {
+        relay.grant().await;
+        relay.refuse(410, "device_lost").await;
+    };
+    let (opened, ()) = within(10, async { tokio::join!(service.open(&device, &request), refused) }).await;
+    let error = opened.unwrap_err();
+    assert!(matches!(error, OpenError::Leg(_)), "{error:?}");
+    assert_eq!(error.request().problem().unwrap().name(), Some("device_lost"));
+
+    // A device has nobody to tell, and does not come again either.
+    let stop = CancellationToken::new();
+    let device = relay.device(DeviceSettings::default()).run(Echo, stop.clone());
+    let story = async {
+        let mut link = relay.link(3600).await;
+        link.tell(&relay.invitation("echo", 1)).await;
+        relay.refuse(410, "service_lost").await;
+        assert!(timeout(Duration::from_secs(3), relay.accept()).await.is_err(), "another leg came");
+        stop.cancel();
+    };
+    within(15, async { tokio::join!(device, story) }).await;
+}
+
+#[tokio::test]
+async fn a_device_gives_up_a_link_on_which_nothing_comes() {
+    let relay = Relay::start().await;
+    let stop = CancellationToken::new();
+    let device = relay.device(DeviceSettings::default()).run(Echo, stop.clone());
+    let story = async {
+        let mut welcome = link_message("welcome");
+        welcome["ping_seconds"] = json!(1);
+        welcome["silence_seconds"] = json!(1);
+        // Whoever does not read answers no ping; the connection itself stays.
+        let mut mute = relay.welcome(&welcome).await;
+        let begin = Instant::now();
+        let mut link = relay.link(3600).await;
+        assert!(begin.elapsed() > Duration::from_millis(900), "{:?}", begin.elapsed());
+        link.tell(&relay.invitation("telnet", 1)).await;
+        assert_eq!(link.hear().await["type"], "reject");
+        // The device has left the other one.
+        while let Some(Ok(message)) = mute.socket.next().await {
+            assert!(message.is_ping() || message.is_close(), "{message:?}");
+        }
         stop.cancel();
     };
     within(15, async { tokio::join!(device, story) }).await;

@@ -64,11 +64,16 @@ impl Relay {
 
     /// Takes a link and welcomes it for `life` seconds.
     pub(crate) async fn link(&self, life: u32) -> Incoming {
-        let mut link = self.accept().await;
         let mut welcome = link_message("welcome");
         welcome["expires"] =
             json!(format!("2026-11-21T{:02}:{:02}:{:02}Z", 9 + life / 3600, life / 60 % 60, life % 60));
-        link.tell(&welcome).await;
+        self.welcome(&welcome).await
+    }
+
+    /// Takes a link with a welcome of the test's own.
+    pub(crate) async fn welcome(&self, welcome: &Value) -> Incoming {
+        let mut link = self.accept().await;
+        link.tell(welcome).await;
         link
     }
 
@@ -91,22 +96,36 @@ impl Relay {
         self.answer("201 Created", "application/json", &grant).await
     }
 
-    /// Refuses the next request, whatever it is.
-    pub(crate) async fn refuse(&self, status: u16, name: &str) {
-        let problem = json!({
+    /// Refuses the next request, whatever it is, and hands out what was sent.
+    pub(crate) async fn refuse(&self, status: u16, name: &str) -> String {
+        self.refuse_with(status, name, None).await
+    }
+
+    /// Refuses the next request, and says when to come back.
+    pub(crate) async fn refuse_for(&self, seconds: u64, status: u16, name: &str) -> String {
+        self.refuse_with(status, name, Some(seconds)).await
+    }
+
+    async fn refuse_with(&self, status: u16, name: &str, retry_after: Option<u64>) -> String {
+        let mut problem = json!({
             "type": format!("urn:midspan:problem:{name}"), "title": "t", "status": status,
             "detail": "what happened this time", "fault": "relay", "retry": true, "request_id": "41f7",
         });
-        self.answer(&format!("{status} No"), "application/problem+json", &problem).await;
+        if let Some(seconds) = retry_after {
+            problem["retry_after_seconds"] = json!(seconds);
+        }
+        self.answer(&format!("{status} No"), "application/problem+json", &problem).await
+    }
+
+    /// Takes the next request, and drops its connection without an answer.
+    pub(crate) async fn drop_one(&self) -> String {
+        let (mut stream, _) = self.listener.accept().await.unwrap();
+        head(&mut stream).await
     }
 
     async fn answer(&self, status: &str, kind: &str, body: &Value) -> String {
         let (mut stream, _) = self.listener.accept().await.unwrap();
-        let mut request = Vec::new();
-        while !request.ends_with(b"\r\n\r\n") {
-            request.push(stream.read_u8().await.unwrap());
-        }
-        let head = String::from_utf8(request).unwrap();
+        let head = head(&mut stream).await;
         let length = head
             .lines()
             .find_map(|line| line.strip_prefix("content-length: "))
@@ -139,6 +158,14 @@ impl Incoming {
             }
         }
     }
+}
+
+async fn head(stream: &mut TcpStream) -> String {
+    let mut request = Vec::new();
+    while !request.ends_with(b"\r\n\r\n") {
+        request.push(stream.read_u8().await.unwrap());
+    }
+    String::from_utf8(request).unwrap()
 }
 
 pub(crate) fn options() -> Options {

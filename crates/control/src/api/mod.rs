@@ -5,19 +5,17 @@ mod endpoints;
 mod initiate;
 mod streams;
 
-use std::{borrow::Cow, sync::Arc, time::Duration};
+use std::{sync::Arc, time::Duration};
 
-use http::{HeaderValue, Method};
+use http::HeaderValue;
 use midspan_core::{
-    api::{PAGE_DEFAULT, PAGE_MAX},
-    id::DeviceAddress,
+    path::{self, ApiPath},
     problem::{Problem, ProblemKind},
 };
 use midspan_platform::{
     clock,
     http::{HttpRequest, HttpResponse, REQUEST_ID, client_address, problem},
 };
-use percent_encoding::percent_decode_str;
 use tracing::{Instrument as _, debug, info, info_span};
 
 use crate::control::{Control, STORE_LIMIT};
@@ -68,77 +66,27 @@ impl Control {
     }
 
     async fn route(self: &Arc<Self>, request: HttpRequest) -> Result<HttpResponse, Problem> {
-        let path = request.uri().path().to_owned();
-        let segments: Vec<_> = path.split('/').skip(1).map(decode).collect::<Result<_, _>>()?;
-        let segments: Vec<&str> = segments.iter().map(AsRef::as_ref).collect();
-        let method = request.method().clone();
-        match segments.as_slice() {
-            ["v1", "endpoints"] => {
-                only(&method, "GET")?;
-                self.list_endpoints(&request)
-            }
-            ["v1", "devices"] => {
-                only(&method, "GET")?;
-                self.list_devices(&request).await
-            }
-            ["v1", "devices", device @ ..] => {
-                let (address, rest) = address(device)?;
-                match rest {
-                    [] => {
-                        only(&method, "GET")?;
-                        self.device_status(&request, &address).await
-                    }
-                    ["streams"] => {
-                        only(&method, "POST")?;
-                        self.initiate(request, address).await
-                    }
-                    ["link"] => {
-                        only(&method, "GET")?;
-                        self.open_link(request, &address)
-                    }
-                    _ => Err(nothing_here(&path)),
-                }
-            }
-            ["v1", "streams"] => {
-                only(&method, "GET")?;
-                self.list_streams(&request).await
-            }
-            ["v1", "streams", stream] => match method {
-                Method::GET => self.stream_status(&request, stream).await,
-                Method::DELETE => self.end_stream(&request, stream).await,
-                _ => Err(use_method("GET, DELETE")),
-            },
-            _ => Err(nothing_here(&path)),
+        let path = ApiPath::parse(request.uri().path())?;
+        match (path, request.method().as_str()) {
+            (ApiPath::Endpoints, "GET") => self.list_endpoints(&request),
+            (ApiPath::Devices, "GET") => self.list_devices(&request).await,
+            (ApiPath::Device(address), "GET") => self.device_status(&request, &address).await,
+            (ApiPath::DeviceStreams(address), "POST") => self.initiate(request, address).await,
+            (ApiPath::DeviceLink(address), "GET") => self.open_link(request, &address),
+            (ApiPath::Streams, "GET") => self.list_streams(&request).await,
+            (ApiPath::Stream(stream), "GET") => self.stream_status(&request, &stream).await,
+            (ApiPath::Stream(stream), "DELETE") => self.end_stream(&request, &stream).await,
+            (path, _) => Err(use_method(path.methods())),
         }
     }
 }
 
 /// Which page of a list is asked for.
-struct PageQuery {
-    limit: usize,
-    after: Option<String>,
-}
+struct PageQuery;
 
 impl PageQuery {
-    fn parse(request: &HttpRequest) -> Result<Self, Problem> {
-        let mut page = Self { limit: PAGE_DEFAULT, after: None };
-        for field in request.uri().query().unwrap_or_default().split('&').filter(|field| !field.is_empty()) {
-            let (name, value) = field.split_once('=').unwrap_or((field, ""));
-            match name {
-                "limit" => {
-                    page.limit = value
-                        .parse()
-                        .ok()
-                        .filter(|limit| (1..=PAGE_MAX).contains(limit))
-                        .ok_or_else(|| {
-                            Problem::new(ProblemKind::BadRequest, format!("limit must be 1 to {PAGE_MAX}"))
-                        })?;
-                }
-                "after" => page.after = Some(decode(value)?.into_owned()),
-                _ => return Err(bad_request("the query has `limit` and `after` only")),
-            }
-        }
-        Ok(page)
+    fn parse(request: &HttpRequest) -> Result<path::PageQuery, Problem> {
+        Ok(path::PageQuery::parse(request.uri().query().unwrap_or_default())?)
     }
 }
 
@@ -158,44 +106,8 @@ fn bad_request(detail: impl Into<String>) -> Problem {
     Problem::new(ProblemKind::BadRequest, detail)
 }
 
-/// `{device}` or `{device}/modules/{module}`, and what follows.
-fn address<'a>(segments: &'a [&'a str]) -> Result<(DeviceAddress, &'a [&'a str]), Problem> {
-    let id = |error: midspan_core::id::IdError| bad_request(error.to_string());
-    match segments {
-        [device, "modules", module, rest @ ..] => {
-            let address = DeviceAddress {
-                device: device.parse().map_err(id)?,
-                module: Some(module.parse().map_err(id)?),
-            };
-            Ok((address, rest))
-        }
-        [device, rest @ ..] => {
-            Ok((DeviceAddress { device: device.parse().map_err(id)?, module: None }, rest))
-        }
-        [] => Err(bad_request("a device id is missing")),
-    }
-}
-
-fn decode(segment: &str) -> Result<Cow<'_, str>, Problem> {
-    percent_decode_str(segment)
-        .decode_utf8()
-        .map_err(|_| bad_request("the path must be percent-encoded UTF-8"))
-}
-
-fn only(method: &Method, allowed: &'static str) -> Result<(), Problem> {
-    if method.as_str() == allowed { Ok(()) } else { Err(use_method(allowed)) }
-}
-
 fn use_method(allowed: &'static str) -> Problem {
     let mut problem = Problem::new(ProblemKind::MethodNotAllowed, format!("use {allowed}"));
     problem.allow = Some(allowed);
     problem
-}
-
-fn nothing_here(path: &str) -> Problem {
-    let path = midspan_core::link::cut(path, 200);
-    Problem::new(
-        ProblemKind::NotFound,
-        format!("there is nothing at {path}; the API is described in docs/protocol.md"),
-    )
 }
