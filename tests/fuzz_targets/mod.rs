@@ -12,7 +12,9 @@ use midspan_core::{
     credential::Credentials,
     deny::DenyList,
     frame::{self, CloseFrame, Event, FrameError, FrameReader, Opcode, Sender},
-    id::{DeviceAddress, DeviceId, ID_MAX_LENGTH, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName},
+    id::{
+        DeviceAddress, DeviceId, ID_MAX_LENGTH, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName,
+    },
     key::Key,
     link::{self, FromDevice, ToDevice},
     path::{ApiPath, LegPath, PageQuery},
@@ -349,7 +351,10 @@ pub(crate) fn upgrade_headers(data: &[u8]) {
             let mut lacking = headers.clone();
             lacking.remove(name);
             let lacks = websocket_key(&lacking).err().and_then(|lacks| lacks.split(':').next());
-            assert!(lacks.is_some_and(|lacks| lacks.eq_ignore_ascii_case(name.as_str())), "{name} is not needed");
+            assert!(
+                lacks.is_some_and(|lacks| lacks.eq_ignore_ascii_case(name.as_str())),
+                "{name} is not needed"
+            );
         }
     }
     for (name, value) in needed {

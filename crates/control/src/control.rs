@@ -118,6 +118,7 @@ impl Control {
             credential: &record.credential,
         };
         info!(stream.id = %record.stream, reason = %end.reason, "stream ended: {}", end.reason.row().text);
+        self.metrics.ended(end.reason);
         self.activity.end(&subject, end, end.ended.since(record.created));
     }
 

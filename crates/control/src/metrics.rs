@@ -1,4 +1,4 @@
-use midspan_core::{credential::AuthError, link::GoodbyeReason};
+use midspan_core::{close::CloseReason, credential::AuthError, link::GoodbyeReason};
 use midspan_platform::metrics::Metrics;
 use prometheus::{IntCounter, IntCounterVec, IntGauge};
 
@@ -11,6 +11,7 @@ pub(crate) struct ControlMetrics {
     initiations: IntCounterVec,
     auth_failures: IntCounterVec,
     goodbyes: IntCounterVec,
+    ends: IntCounterVec,
 }
 
 impl ControlMetrics {
@@ -40,7 +41,15 @@ impl ControlMetrics {
                 "Device links that the relay closed, by reason; the reasons stand in docs/protocol.md.",
                 "reason",
             ),
+            ends: metrics.counters(
+                "midspan_control_stream_ends_total",
+                "Accepted streams that ended before any leg came, by reason; the others are counted at the edge.",
+                "reason",
+            ),
         };
+        for reason in [CloseReason::BothLegsMissing, CloseReason::Deleted] {
+            this.ends.with_label_values(&[reason.label()]);
+        }
         this.initiations.with_label_values(&["accepted"]);
         for label in AuthError::LABELS {
             this.auth_failures.with_label_values(&[label]);
@@ -57,6 +66,10 @@ impl ControlMetrics {
 
     pub(crate) fn auth_failure(&self, error: &AuthError) {
         self.auth_failures.with_label_values(&[error.label()]).inc();
+    }
+
+    pub(crate) fn ended(&self, reason: CloseReason) {
+        self.ends.with_label_values(&[reason.label()]).inc();
     }
 
     pub(crate) fn goodbye(&self, reason: GoodbyeReason) {

@@ -20,10 +20,10 @@ pub struct ControlSettings {
     #[arg(long, env = "MIDSPAN_HANDSHAKE_LIMIT", default_value = "60s", value_name = "TIME", value_parser = handshake_limit)]
     pub handshake_limit: Duration,
     /// How often a device link is pinged
-    #[arg(long, env = "MIDSPAN_LINK_PING", default_value = "25s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LINK_PING", default_value = "25s", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub link_ping: Duration,
     /// A device link on which nothing comes for this long is given up
-    #[arg(long, env = "MIDSPAN_LINK_SILENCE", default_value = "1m", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LINK_SILENCE", default_value = "1m", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub link_silence: Duration,
     /// Device links of this process
     #[arg(long, env = "MIDSPAN_LIMIT_DEVICE_LINKS", default_value_t = 15_000, value_name = "N")]

@@ -11,6 +11,7 @@ use thiserror::Error;
 
 use crate::{
     id::{DeviceAddress, DeviceId, ModuleId},
+    json::{self, JsonError},
     key::{Key, KeyError},
     sas::{SasError, SasToken},
     time::UnixTime,
@@ -166,7 +167,7 @@ impl AuthError {
 pub enum CredentialsError {
     /// Not the JSON that is expected.
     #[error("not a credentials file: {0}")]
-    Json(#[from] serde_json::Error),
+    Json(#[from] JsonError),
     /// A key is not one.
     #[error("{owner}: {error}")]
     Key {
@@ -219,7 +220,7 @@ struct ServiceEntry {
 impl Credentials {
     /// Reads the credentials file, whose form `docs/operations.md` describes.
     pub fn from_json(text: &str) -> Result<Self, CredentialsError> {
-        let file: File = serde_json::from_str(text)?;
+        let file: File = json::parse(text.as_bytes())?;
         let mut credentials = Self { group_keys: keys("group_keys", &file.group_keys)?, ..Self::default() };
         for entry in file.devices {
             let address = DeviceAddress { device: entry.id, module: entry.module };
@@ -439,6 +440,11 @@ mod tests {
             (r#"{"devices":[{"id":"a","keys":[]}]}"#, "device a has no key"),
             (r#"{"services":{"s":{"keys":["x"],"allow":["open"]}}}"#, "service s: a key must be base64"),
             (r#"{"services":{"s":{"keys":[],"allow":["fly"]}}}"#, "unknown variant `fly`"),
+            // A common mistake, in which the key must not be repeated.
+            (
+                r#"{"group_keys":"c2VjcmV0IGtleSBvZiBhIGZsZWV0"}"#,
+                "credentials file: expected a sequence, at line 1",
+            ),
         ] {
             let error = Credentials::from_json(json).unwrap_err().to_string();
             assert!(error.contains(text), "{json}: {error}");

@@ -5,7 +5,10 @@ use std::collections::BTreeSet;
 use serde::Deserialize;
 use thiserror::Error;
 
-use crate::id::DeviceAddress;
+use crate::{
+    id::DeviceAddress,
+    json::{self, JsonError},
+};
 
 /// Devices and services that are refused from now on, and whose links and streams are cut.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Deserialize)]
@@ -22,12 +25,12 @@ pub struct DenyList {
 /// The text is not a deny list.
 #[derive(Debug, Error)]
 #[error("not a deny list: {0}")]
-pub struct DenyListError(#[from] serde_json::Error);
+pub struct DenyListError(#[from] JsonError);
 
 impl DenyList {
     /// Reads `{"devices": ["dev1", "dev2/module"], "services": ["name"]}`.
     pub fn from_json(text: &str) -> Result<Self, DenyListError> {
-        Ok(serde_json::from_str(text)?)
+        Ok(json::parse(text.as_bytes())?)
     }
 
     /// Whether the device, or the module, is revoked. A revoked device takes its modules with it.

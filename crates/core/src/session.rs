@@ -89,9 +89,8 @@ impl Session {
         }
     }
 
-    /// A leg of `role` came with a good ticket.
-    pub fn attach(&mut self, role: Role, now: Instant) -> Result<(), AttachError> {
-        self.tick(now);
+    /// A leg of `role` came with a good ticket. Let time pass with [`Session::tick`] before.
+    pub fn attach(&mut self, role: Role) -> Result<(), AttachError> {
         if let Some(reason) = self.ended {
             return Err(AttachError::Ended(reason));
         }
@@ -102,9 +101,8 @@ impl Session {
         Ok(())
     }
 
-    /// The WebSocket of the attached leg of `role` is open.
-    pub fn ready(&mut self, role: Role, now: Instant) -> Ready {
-        self.tick(now);
+    /// The WebSocket of the attached leg of `role` is open. Let time pass with [`Session::tick`] before.
+    pub fn ready(&mut self, role: Role) -> Ready {
         if let Some(reason) = self.ended {
             return Ready::Ended(reason);
         }
@@ -178,45 +176,45 @@ mod tests {
     #[test]
     fn either_leg_may_come_first() {
         for first in Role::ALL {
-            let (mut session, now) = session();
-            session.attach(first, now).unwrap();
-            assert_eq!(session.ready(first, now), Ready::Waits);
+            let (mut session, _) = session();
+            session.attach(first).unwrap();
+            assert_eq!(session.ready(first), Ready::Waits);
             assert_eq!(session.state(), SessionState::OneLeg);
-            session.attach(first.peer(), now).unwrap();
-            assert_eq!(session.ready(first.peer(), now), Ready::Joined);
+            session.attach(first.peer()).unwrap();
+            assert_eq!(session.ready(first.peer()), Ready::Joined);
             assert_eq!(session.state(), SessionState::Joined);
         }
     }
 
     #[test]
     fn a_leg_attaches_once_unless_it_went_away_before_the_join() {
-        let (mut session, now) = session();
-        session.attach(Role::Device, now).unwrap();
-        assert_eq!(session.attach(Role::Device, now), Err(AttachError::Taken));
+        let (mut session, _) = session();
+        session.attach(Role::Device).unwrap();
+        assert_eq!(session.attach(Role::Device), Err(AttachError::Taken));
         session.detach(Role::Device);
         assert_eq!(session.state(), SessionState::Waiting);
-        session.attach(Role::Device, now).unwrap();
+        session.attach(Role::Device).unwrap();
     }
 
     #[test]
     fn a_joined_leg_that_goes_away_ends_the_stream() {
-        let (mut session, now) = session();
+        let (mut session, _) = session();
         for role in Role::ALL {
-            session.attach(role, now).unwrap();
-            session.ready(role, now);
+            session.attach(role).unwrap();
+            session.ready(role);
         }
         session.detach(Role::Service);
         assert_eq!(session.state(), SessionState::Ended(CloseReason::ServiceLost));
-        assert_eq!(session.attach(Role::Service, now), Err(AttachError::Ended(CloseReason::ServiceLost)));
+        assert_eq!(session.attach(Role::Service), Err(AttachError::Ended(CloseReason::ServiceLost)));
     }
 
     #[test]
     fn the_deadline_names_who_is_missing() {
         let late = |roles: &[Role]| {
-            let (mut session, now) = session();
+            let (mut session, _) = session();
             for &role in roles {
-                session.attach(role, now).unwrap();
-                session.ready(role, now);
+                session.attach(role).unwrap();
+                session.ready(role);
             }
             session.tick(session.deadline())
         };
@@ -257,7 +255,7 @@ mod tests {
                 match event {
                     Event::Attach(role) => {
                         let taken = attached[role as usize];
-                        match session.attach(role, now) {
+                        match session.attach(role) {
                             Ok(()) => {
                                 prop_assert!(!taken && joins == 0);
                                 attached[role as usize] = true;
@@ -269,7 +267,7 @@ mod tests {
                         }
                     }
                     Event::Ready(role) if attached[role as usize] && joins == 0 => {
-                        if session.ready(role, now) == Ready::Joined {
+                        if session.ready(role) == Ready::Joined {
                             joins += 1;
                             prop_assert!(attached == [true; 2] && now < start + Duration::from_secs(60));
                         }

@@ -9,10 +9,10 @@ use time::{OffsetDateTime, format_description::well_known::Rfc3339};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct UnixTime(pub u64);
 
-/// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
-const LAST: u64 = 253_402_300_799;
-
 impl UnixTime {
+    /// 9999-12-31T23:59:59Z, the last second that RFC 3339 can write.
+    pub const LAST: Self = Self(253_402_300_799);
+
     /// This time and `duration` more, in whole seconds.
     #[must_use]
     pub fn plus(self, duration: Duration) -> Self {
@@ -50,7 +50,7 @@ impl<'de> Deserialize<'de> for UnixTime {
         let time = OffsetDateTime::parse(&text, &Rfc3339).map_err(D::Error::custom)?;
         // An offset can lead past what UTC can write.
         match u64::try_from(time.unix_timestamp()) {
-            Ok(seconds) if seconds <= LAST => Ok(Self(seconds)),
+            Ok(seconds) if seconds <= Self::LAST.0 => Ok(Self(seconds)),
             _ => Err(D::Error::custom("a time must lie between the years 1970 and 9999 in UTC")),
         }
     }

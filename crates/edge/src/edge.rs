@@ -72,7 +72,10 @@ const END_LIMIT: Duration = Duration::from_secs(8);
 const STORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an end is remembered of a stream that no leg had come for: the longest life of its tickets.
-const UNSEEN: Duration = midspan_core::api::HANDSHAKE_MAX;
+const UNSEEN: Duration = midspan_core::api::HANDSHAKE_MAX.saturating_add(LEEWAY);
+
+/// How often, after the grace period, streams are looked for that began in the meantime.
+const DRAIN_ROUNDS: usize = 3;
 
 const SWEEP: Duration = Duration::from_millis(250);
 
@@ -101,32 +104,40 @@ impl Edge {
     /// Lets the streams of a closing process end by themselves for `grace`, then ends what is left.
     pub async fn drain(&self, grace: Duration) {
         let over = async {
-            while self.pairing.counts() != (0, 0) {
+            // Legs that are still being told of their end count as well.
+            while self.pairing.counts() != (0, 0) || self.metrics.open_legs() > 0 {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
         if timeout(grace, over).await.is_ok() {
             return;
         }
-        let left = self.pairing.live();
-        info!(streams = left.len(), "the grace period is over, ending what is left");
-        let ends = left.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
-        futures_util::future::join_all(ends).await;
+        // Expected legs are taken to the last, so ends may have to be told more than once.
+        for _ in 0..DRAIN_ROUNDS {
+            let left = self.pairing.live();
+            if left.is_empty() {
+                return;
+            }
+            info!(streams = left.len(), "the grace period is over, ending what is left");
+            let ends = left.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
+            futures_util::future::join_all(ends).await;
+        }
     }
 
     /// Ends a stream, and returns once its legs have been told, or [`END_LIMIT`] is over.
     pub(crate) async fn end_stream(&self, stream: StreamId, reason: CloseReason) {
-        match self.pairing.end(stream, reason, clock::now() + UNSEEN) {
-            End::BySplice(told) => {
-                let _ = timeout(END_LIMIT, told.cancelled()).await;
-            }
+        let now = clock::now();
+        let done = match self.pairing.end(stream, reason, now, now + UNSEEN) {
+            End::BySplice(told) => Some(told),
             End::Here(facts, told) => {
                 self.report(&facts, unused(reason)).await;
-                if let Some(told) = told {
-                    let _ = timeout(END_LIMIT, told.cancelled()).await;
-                }
+                told
             }
-            End::Unseen | End::Already => {}
+            End::Already(reported) => reported,
+            End::Unseen => None,
+        };
+        if let Some(done) = done {
+            let _ = timeout(END_LIMIT, done.cancelled()).await;
         }
     }
 
@@ -145,17 +156,21 @@ impl Edge {
             Next::HandedOver => {}
             Next::Ended(leg, reason) => leg::dismiss(leg, reason).await,
             Next::Wait(leg, other) => {
-                let waited = tokio::select! {
-                    waited = leg::wait(leg, other, &mut place, self.settings.leg_ping) => waited,
-                    () = self.lifecycle.stopped().cancelled() => return,
-                };
-                match waited {
+                let stopped = self.lifecycle.stopped();
+                match leg::wait(leg, other, &mut place, self.settings.leg_ping, stopped).await {
                     Waited::Joined(first, second) => Box::pin(self.run_stream(place, first, second)).await,
                     Waited::Ended(leg, reason) => {
                         leg::dismiss(leg, reason).await;
                         place.told();
                     }
                     Waited::Gone => info!("leg went away before the other one came"),
+                    Waited::Stopped(leg) => {
+                        let (now, reason) = (clock::now(), CloseReason::Draining);
+                        if let End::Here(facts, _) = self.pairing.end(place.facts.stream, reason, now, now) {
+                            self.report(&facts, unused(reason)).await;
+                        }
+                        leg::dismiss(leg, reason).await;
+                    }
                 }
             }
         }
@@ -176,7 +191,7 @@ impl Edge {
             stall: self.settings.stall_limit,
             close: self.settings.close_limit,
         };
-        let expires_in = facts.credential_expires.since(clock::unix());
+        let expires_in = facts.credential_expires.plus(LEEWAY).since(clock::unix());
         let legs_counted = [service.counted, device.counted];
         let end = async {
             tokio::select! {
@@ -230,6 +245,7 @@ impl Edge {
             credential: &facts.credential,
         };
         self.activity.end(&subject, &end, took);
+        facts.reported.cancel();
     }
 
     async fn advance(&self, stream: StreamId, next: StreamState) -> Option<StreamRecord> {

@@ -15,6 +15,8 @@ use tokio::{
     time::{Instant, timeout},
 };
 
+use tokio_util::sync::CancellationToken;
+
 use crate::pairing::Place;
 
 /// An open WebSocket of one end.
@@ -39,6 +41,8 @@ pub enum Waited {
     Ended(Leg, CloseReason),
     /// This leg went away.
     Gone,
+    /// The process stops.
+    Stopped(Leg),
 }
 
 /// How often a waiting leg is looked at. Its end cannot wake us while early data lies unread.
@@ -56,6 +60,7 @@ pub async fn wait(
     mut other: oneshot::Receiver<Leg>,
     place: &mut Place,
     ping: Duration,
+    stopped: &CancellationToken,
 ) -> Waited {
     let mut next_ping = Instant::now() + ping;
     loop {
@@ -66,6 +71,7 @@ pub async fn wait(
                 Err(_) => Waited::Ended(leg, CloseReason::RelayFailed),
             },
             reason = place.ended() => return Waited::Ended(leg, reason),
+            () = stopped.cancelled() => return Waited::Stopped(leg),
             () = tokio::time::sleep(LOOK) => {}
         }
         let alive = !leg.io.is_read_closed() && (Instant::now() < next_ping || send_ping(&mut leg.io).await);

@@ -57,6 +57,11 @@ impl EdgeMetrics {
         Counted::new(&self.legs.with_label_values(&[role.as_str()]))
     }
 
+    /// How many legs are open, those that are being told of their end included.
+    pub(crate) fn open_legs(&self) -> i64 {
+        Role::ALL.iter().map(|role| self.legs.with_label_values(&[role.as_str()]).get()).sum()
+    }
+
     pub(crate) fn ended(&self, reason: CloseReason, bytes_to_device: u64, bytes_to_service: u64) {
         self.ends.with_label_values(&[reason.label()]).inc();
         self.payload.with_label_values(&[Role::Device.as_str()]).inc_by(bytes_to_device);

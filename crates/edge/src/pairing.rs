@@ -21,8 +21,21 @@ use crate::leg::Leg;
 /// The streams that this edge owns: those with a leg, and those that ended while their tickets are still good.
 #[derive(Debug, Default)]
 pub struct Pairing {
-    entry_by_stream: Mutex<HashMap<StreamId, Entry>>,
+    streams: Mutex<Streams>,
 }
+
+#[derive(Debug, Default)]
+struct Streams {
+    entry_by_stream: HashMap<StreamId, Entry>,
+    /// How many of them are not over.
+    live: usize,
+    /// Streams whose handshake was found to be over its time, and whose end is not reported yet.
+    late: Vec<(Arc<StreamFacts>, CloseReason)>,
+}
+
+/// The most ended streams that are remembered, so that a leg which comes too late hears why. Beyond it, a leg of a stream
+/// that ended before any leg came waits until its ticket's time is over.
+const REMEMBERED_MAX: usize = 100_000;
 
 /// What the edge knows of a stream, out of its ticket.
 #[derive(Debug)]
@@ -39,6 +52,8 @@ pub struct StreamFacts {
     pub credential_expires: UnixTime,
     /// When the first leg came.
     pub first_leg: Instant,
+    /// Cancelled once its end has been logged, counted and recorded.
+    pub reported: CancellationToken,
 }
 
 #[derive(Debug)]
@@ -85,8 +100,8 @@ pub enum End {
     Here(Arc<StreamFacts>, Option<CancellationToken>),
     /// No leg had come. Legs that come later are refused.
     Unseen,
-    /// It had ended before.
-    Already,
+    /// It had ended before. The token, if there is one, is cancelled once that has been reported.
+    Already(Option<CancellationToken>),
 }
 
 impl Pairing {
@@ -99,11 +114,11 @@ impl Pairing {
         forget_at: Instant,
         most: usize,
     ) -> Option<Result<Place, AttachError>> {
-        let mut entries = self.entries();
-        if entries.len() >= most && !entries.contains_key(&ticket.stream) {
+        let mut streams = self.streams();
+        if streams.live >= most && !streams.entry_by_stream.contains_key(&ticket.stream) {
             return None;
         }
-        let entry = entries.entry(ticket.stream).or_insert_with(|| Entry::new(deadline, forget_at));
+        let entry = streams.entry(ticket.stream, now, || Entry::new(deadline, forget_at));
         let facts = Arc::clone(entry.facts.get_or_insert_with(|| {
             Arc::new(StreamFacts {
                 stream: ticket.stream,
@@ -112,9 +127,10 @@ impl Pairing {
                 credential: ticket.credential.clone(),
                 credential_expires: ticket.credential_expires,
                 first_leg: now,
+                reported: CancellationToken::new(),
             })
         }));
-        Some(entry.session.attach(ticket.role, now).map(|()| Place {
+        Some(entry.session.attach(ticket.role).map(|()| Place {
             facts,
             role: ticket.role,
             pairing: Arc::clone(self),
@@ -125,55 +141,84 @@ impl Pairing {
     }
 
     /// Ends a stream, whether it is known here or not.
-    pub fn end(&self, stream: StreamId, reason: CloseReason, deadline: Instant) -> End {
-        let mut entries = self.entries();
-        let entry = entries.entry(stream).or_insert_with(|| Entry::new(deadline, deadline));
+    pub fn end(&self, stream: StreamId, reason: CloseReason, now: Instant, forget_at: Instant) -> End {
+        let mut streams = self.streams();
+        let ended = streams.entry_by_stream.len() - streams.live;
+        if ended >= REMEMBERED_MAX && !streams.entry_by_stream.contains_key(&stream) {
+            return End::Unseen;
+        }
+        let entry = streams.entry(stream, now, || Entry::new(forget_at, forget_at));
         let joined = entry.session.state() == SessionState::Joined;
         let (_, new) = entry.session.end(reason);
         if !new {
-            return End::Already;
+            return End::Already(entry.facts.as_ref().map(|facts| facts.reported.clone()));
         }
         entry.end.send_replace(Some(reason));
-        match &entry.facts {
+        let end = match &entry.facts {
             _ if joined => End::BySplice(entry.told.clone()),
             Some(facts) => End::Here(Arc::clone(facts), entry.waiting.as_ref().map(|_| entry.told.clone())),
             None => End::Unseen,
-        }
+        };
+        streams.live -= 1;
+        end
     }
 
     /// Lets time pass: gives the streams whose handshake is over its time, and forgets those that nobody can ask for.
     pub fn sweep(&self, now: Instant) -> Vec<(Arc<StreamFacts>, CloseReason)> {
-        let mut late = Vec::new();
-        self.entries().retain(|_, entry| {
-            if let Some(reason) = entry.session.tick(now) {
-                entry.end.send_replace(Some(reason));
-                late.extend(entry.facts.clone().map(|facts| (facts, reason)));
-            }
-            !matches!(entry.session.state(), SessionState::Ended(_)) || now < entry.forget_at
+        let mut streams = self.streams();
+        let Streams { entry_by_stream, live, late } = &mut *streams;
+        entry_by_stream.retain(|_, entry| {
+            entry.expire(now, live, late);
+            !entry.is_over() || now < entry.forget_at
         });
-        late
+        std::mem::take(late)
     }
 
     /// The streams that are not over.
     pub fn live(&self) -> Vec<Arc<StreamFacts>> {
-        let live = |entry: &Entry| match entry.session.state() {
-            SessionState::Ended(_) => None,
-            SessionState::Waiting | SessionState::OneLeg | SessionState::Joined => entry.facts.clone(),
-        };
-        self.entries().values().filter_map(live).collect()
+        let streams = self.streams();
+        let live = streams.entry_by_stream.values().filter(|entry| !entry.is_over());
+        live.filter_map(|entry| entry.facts.clone()).collect()
     }
 
     /// How many streams are half open, and how many joined.
     pub fn counts(&self) -> (usize, usize) {
-        self.entries().values().fold((0, 0), |(half_open, joined), entry| match entry.session.state() {
-            SessionState::Waiting | SessionState::OneLeg => (half_open + 1, joined),
-            SessionState::Joined => (half_open, joined + 1),
-            SessionState::Ended(_) => (half_open, joined),
-        })
+        let streams = self.streams();
+        let is_joined = |entry: &&Entry| entry.session.state() == SessionState::Joined;
+        let joined = streams.entry_by_stream.values().filter(is_joined).count();
+        (streams.live - joined, joined)
     }
 
-    fn entries(&self) -> MutexGuard<'_, HashMap<StreamId, Entry>> {
-        self.entry_by_stream.lock().unwrap_or_else(PoisonError::into_inner)
+    fn streams(&self) -> MutexGuard<'_, Streams> {
+        self.streams.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Streams {
+    /// The entry of a stream, made if there is none, with the time of `now`.
+    fn entry(&mut self, stream: StreamId, now: Instant, new: impl FnOnce() -> Entry) -> &mut Entry {
+        let Self { entry_by_stream, live, late } = self;
+        let entry = entry_by_stream.entry(stream).or_insert_with(|| {
+            *live += 1;
+            new()
+        });
+        entry.expire(now, live, late);
+        entry
+    }
+}
+
+impl Entry {
+    /// Ends the handshake if it is over its time: waiting legs are told, and the end is put aside to be reported.
+    fn expire(&mut self, now: Instant, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
+        if let Some(reason) = self.session.tick(now) {
+            self.end.send_replace(Some(reason));
+            late.extend(self.facts.clone().map(|facts| (facts, reason)));
+            *live -= 1;
+        }
+    }
+
+    fn is_over(&self) -> bool {
+        matches!(self.session.state(), SessionState::Ended(_))
     }
 }
 
@@ -193,11 +238,13 @@ impl Entry {
 impl Place {
     /// The leg's WebSocket is open.
     pub fn ready(&self, leg: Leg, now: Instant) -> Next {
-        let mut entries = self.pairing.entries();
-        let Some(entry) = entries.get_mut(&self.facts.stream) else {
+        let mut streams = self.pairing.streams();
+        let Streams { entry_by_stream, live, late } = &mut *streams;
+        let Some(entry) = entry_by_stream.get_mut(&self.facts.stream) else {
             return Next::Ended(leg, CloseReason::RelayFailed);
         };
-        match entry.session.ready(self.role, now) {
+        entry.expire(now, live, late);
+        match entry.session.ready(self.role) {
             Ready::Ended(reason) => Next::Ended(leg, reason),
             Ready::Waits => {
                 let (sender, receiver) = oneshot::channel();
@@ -212,7 +259,14 @@ impl Place {
                 };
                 match refused {
                     Ok(()) => Next::HandedOver,
-                    Err(leg) => Next::Ended(leg, entry.session.end(CloseReason::RelayFailed).0),
+                    Err(leg) => {
+                        let (reason, new) = entry.session.end(CloseReason::RelayFailed);
+                        if new {
+                            *live -= 1;
+                            late.push((Arc::clone(&self.facts), reason));
+                        }
+                        Next::Ended(leg, reason)
+                    }
                 }
             }
         }
@@ -221,8 +275,8 @@ impl Place {
     /// The waiting leg went away. True when its place is free again; false when the other leg has been handed over.
     pub fn leave(&mut self) -> bool {
         self.left = true;
-        let mut entries = self.pairing.entries();
-        let Some(entry) = entries.get_mut(&self.facts.stream) else { return true };
+        let mut streams = self.pairing.streams();
+        let Some(entry) = streams.entry_by_stream.get_mut(&self.facts.stream) else { return true };
         if entry.session.state() == SessionState::Joined {
             return false;
         }
@@ -233,8 +287,13 @@ impl Place {
 
     /// The splice is over for `reason`. Gives the reason that holds: an end from outside may have come first.
     pub fn conclude(&self, reason: CloseReason) -> CloseReason {
-        let mut entries = self.pairing.entries();
-        entries.get_mut(&self.facts.stream).map_or(reason, |entry| entry.session.end(reason).0)
+        let mut streams = self.pairing.streams();
+        let Some(entry) = streams.entry_by_stream.get_mut(&self.facts.stream) else { return reason };
+        let (reason, new) = entry.session.end(reason);
+        if new {
+            streams.live -= 1;
+        }
+        reason
     }
 
     /// The legs have been told of the end.
@@ -257,9 +316,9 @@ impl Drop for Place {
         if self.left {
             return;
         }
-        let mut entries = self.pairing.entries();
-        if let Some(entry) = entries.get_mut(&self.facts.stream)
-            && entry.session.state() != SessionState::Joined
+        let mut streams = self.pairing.streams();
+        if let Some(entry) = streams.entry_by_stream.get_mut(&self.facts.stream)
+            && matches!(entry.session.state(), SessionState::Waiting | SessionState::OneLeg)
         {
             entry.session.detach(self.role);
         }

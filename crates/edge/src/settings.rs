@@ -13,18 +13,18 @@ pub struct EdgeSettings {
     #[arg(long, env = "MIDSPAN_MAX_STREAMS", default_value_t = 8000, value_name = "N")]
     pub max_streams: usize,
     /// How often a quiet leg is pinged
-    #[arg(long, env = "MIDSPAN_LEG_PING", default_value = "25s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LEG_PING", default_value = "25s", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub leg_ping: Duration,
     /// A leg that has nothing left to read and gives no sign of life for this long is ended
-    #[arg(long, env = "MIDSPAN_LEG_SILENCE", default_value = "75s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_LEG_SILENCE", default_value = "75s", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub leg_silence: Duration,
     /// A stream that carries no payload for this long is ended
-    #[arg(long, env = "MIDSPAN_IDLE_LIMIT", default_value = "1h", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_IDLE_LIMIT", default_value = "1h", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub idle_limit: Duration,
     /// A leg that takes no byte for this long, although some wait for it, is ended
-    #[arg(long, env = "MIDSPAN_STALL_LIMIT", default_value = "15m", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_STALL_LIMIT", default_value = "15m", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub stall_limit: Duration,
     /// At a clean end, a leg that takes no byte for this long loses the rest; so does one that needs longer than the stall limit
-    #[arg(long, env = "MIDSPAN_CLOSE_LIMIT", default_value = "1m", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_CLOSE_LIMIT", default_value = "1m", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub close_limit: Duration,
 }

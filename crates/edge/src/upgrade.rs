@@ -23,7 +23,7 @@ use midspan_platform::{
 };
 use tokio::time::timeout;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tracing::{debug, info, info_span};
+use tracing::{Span, debug, info, info_span};
 
 use crate::{
     edge::{Edge, LEEWAY, UPGRADE_LIMIT},
@@ -55,14 +55,18 @@ impl Edge {
     fn open_leg(self: &Arc<Self>, mut request: HttpRequest) -> Result<HttpResponse, Problem> {
         let LegPath { stream, role } = LegPath::parse(request.uri().path())?;
         if request.method() != Method::GET {
-            return Err(Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET"));
+            let mut problem = Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET");
+            problem.allow = Some("GET");
+            return Err(problem);
         }
         let ticket = self.check_ticket(&request, stream, role)?;
         let accept = check_upgrade(request.headers())?;
         let place = self.take_place(&ticket)?;
         // Looked at once the place is taken: from here on, a change of the deny list finds the stream.
         if self.is_denied(&ticket.address, &ticket.credential) {
-            return Err(Problem::from_close(CloseReason::Revoked));
+            let (edge, reason) = (Arc::clone(self), CloseReason::Revoked);
+            self.lifecycle.spawn(Span::current(), async move { edge.end_stream(stream, reason).await });
+            return Err(Problem::from_close(reason));
         }
         authenticated(&request);
 
@@ -79,8 +83,9 @@ impl Edge {
         let edge = Arc::clone(self);
         let client = client_address(&request);
         let span = info_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
+        // Taken out of the request, which would otherwise live, with its buffer and its ticket, as long as the leg.
+        let upgraded = hyper::upgrade::on(&mut request);
         self.lifecycle.spawn(span, async move {
-            let upgraded = hyper::upgrade::on(&mut request);
             match timeout(UPGRADE_LIMIT, upgraded).await {
                 Ok(Ok(upgraded)) => edge.run_leg(place, into_leg(upgraded, role, counted)).await,
                 // The place is free again, so the same ticket may be used for another try.
@@ -113,7 +118,7 @@ impl Edge {
             let detail = "the edge that was to join this stream has gone; ask for a new stream";
             return Err(Problem::new(ProblemKind::OwnerGone, detail));
         }
-        if now > ticket.credential_expires {
+        if now > ticket.credential_expires.plus(LEEWAY) {
             return Err(Problem::from_close(CloseReason::CredentialExpired));
         }
         Ok(ticket)

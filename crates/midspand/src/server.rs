@@ -48,10 +48,10 @@ pub(crate) struct ServerSettings {
 #[command(next_help_heading = "Drain")]
 pub(crate) struct DrainSettings {
     /// After the first signal, place no new streams but serve as usual for this long, while balancers notice
-    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "5s", value_name = "TIME", value_parser = midspan_platform::duration::any)]
     pub(crate) drain_delay: Duration,
     /// Then let streams end by themselves for this long, before they are closed with 1012
-    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "30s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "30s", value_name = "TIME", value_parser = midspan_platform::duration::any)]
     pub(crate) drain_grace: Duration,
 }
 
@@ -87,7 +87,7 @@ impl ServerSettings {
         };
         Ok(Process {
             activity: ActivityLog::start(self.activity_log.clone(), &lifecycle, &metrics).await?,
-            admin: Listener::bind("admin", self.admin_listen).await?,
+            admin: Listener::bind("admin", self.admin_listen).await?.trusted(),
             listener_metrics: ListenerMetrics::new(&metrics),
             lifecycle,
             metrics,
@@ -169,5 +169,8 @@ pub(crate) async fn run(lifecycle: Lifecycle, settings: DrainSettings, drain: im
     match tokio::time::timeout(limit, lifecycle.finished()).await {
         Ok(()) => info!("everything has ended"),
         Err(_) => warn!("tasks were left behind"),
+    }
+    if tokio::time::timeout(LAST_TASKS_HARD, lifecycle.recorded()).await.is_err() {
+        warn!("the activity log could not be written to its end");
     }
 }

@@ -93,14 +93,14 @@ impl ActivityLog {
             }
         };
         let (queue, mut records) = mpsc::channel::<String>(QUEUE);
-        let (stopped, failures) = (lifecycle.stopped().clone(), lost.clone());
-        lifecycle.spawn(Span::current(), async move {
+        let (silent, failures) = (lifecycle.silent().clone(), lost.clone());
+        lifecycle.spawn_recorder(Span::current(), async move {
             loop {
                 let line = tokio::select! {
                     biased;
                     line = records.recv() => line,
-                    // What is queued when the process stops is still written.
-                    () = stopped.cancelled() => records.try_recv().ok(),
+                    // What is queued by now is still written.
+                    () = silent.cancelled() => records.try_recv().ok(),
                 };
                 let Some(line) = line else { break };
                 let written = async {

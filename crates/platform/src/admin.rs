@@ -1,6 +1,6 @@
 //! The admin port: `/livez`, `/readyz`, `/metrics`. Plain HTTP, for the inside of a cluster only.
 
-use http::{Method, StatusCode};
+use http::{HeaderValue, Method, StatusCode, header};
 
 use crate::{
     http::{Handler, handler, text},
@@ -21,7 +21,11 @@ pub fn admin(lifecycle: Lifecycle, metrics: Metrics) -> Handler {
                 text(StatusCode::OK, metrics.render())
             }
             (&Method::GET, _) => text(StatusCode::NOT_FOUND, "here are /livez, /readyz and /metrics\n"),
-            _ => text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n"),
+            _ => {
+                let mut answer = text(StatusCode::METHOD_NOT_ALLOWED, "only GET is answered here\n");
+                answer.headers_mut().insert(header::ALLOW, HeaderValue::from_static("GET"));
+                answer
+            }
         };
         async { answer }
     })

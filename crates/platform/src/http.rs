@@ -4,6 +4,7 @@ use std::{
     convert::Infallible,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -14,6 +15,7 @@ use hyper::body::Incoming;
 use midspan_core::problem::{Problem, ProblemKind};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
+use tokio_util::sync::CancellationToken;
 
 /// A request as it comes from a listener.
 pub type HttpRequest = Request<Incoming>;
@@ -33,17 +35,27 @@ pub struct Peer {
     /// The address that the connection came from.
     pub address: SocketAddr,
     pending: Mutex<Option<OwnedSemaphorePermit>>,
+    known: CancellationToken,
 }
 
 impl Peer {
     /// A peer that holds one of the places for those who have not shown who they are.
     pub fn new(address: SocketAddr, place: Option<OwnedSemaphorePermit>) -> Self {
-        Self { address, pending: Mutex::new(place) }
+        Self { address, pending: Mutex::new(place), known: CancellationToken::new() }
     }
 
     /// The peer has shown who it is, and gives its place to the next stranger.
     pub fn authenticated(&self) {
         self.pending.lock().unwrap_or_else(PoisonError::into_inner).take();
+        self.known.cancel();
+    }
+
+    /// Returns when the peer has been a stranger for `limit`, and never once it has shown who it is.
+    pub(crate) async fn stranger_for(&self, limit: Duration) {
+        tokio::select! {
+            () = tokio::time::sleep(limit) => {}
+            () = self.known.cancelled() => std::future::pending().await,
+        }
     }
 }
 
@@ -133,7 +145,8 @@ pub fn problem(problem: &Problem) -> HttpResponse {
         response.headers_mut().insert(REQUEST_ID, id);
     }
     if status == StatusCode::UNAUTHORIZED {
-        let scheme = HeaderValue::from_static("SharedAccessSignature");
+        let of_ticket = problem.name().is_some_and(|name| name.starts_with("ticket_"));
+        let scheme = HeaderValue::from_static(if of_ticket { "Bearer" } else { "SharedAccessSignature" });
         response.headers_mut().insert(header::WWW_AUTHENTICATE, scheme);
     }
     response

@@ -6,6 +6,7 @@
 pub mod activity;
 pub mod admin;
 pub mod clock;
+pub mod duration;
 pub mod http;
 pub mod lifecycle;
 pub mod listener;

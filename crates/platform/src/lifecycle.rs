@@ -26,6 +26,8 @@ pub struct Lifecycle {
     closing: CancellationToken,
     stopped: CancellationToken,
     tasks: TaskTracker,
+    silent: CancellationToken,
+    recorders: TaskTracker,
 }
 
 impl Lifecycle {
@@ -40,6 +42,19 @@ impl Lifecycle {
         F: Future<Output = ()> + Send + 'static,
     {
         self.tasks.spawn(task.instrument(span));
+    }
+
+    /// Runs a task that writes down what the others do, and so ends after them, once [`Lifecycle::silent`] says so.
+    pub fn spawn_recorder<F>(&self, span: Span, task: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.recorders.spawn(task.instrument(span));
+    }
+
+    /// All other tasks have ended.
+    pub fn silent(&self) -> &CancellationToken {
+        &self.silent
     }
 
     /// Everything listens: `/readyz` may say yes.
@@ -91,9 +106,16 @@ impl Lifecycle {
         self.tasks.len()
     }
 
-    /// Waits until every task has ended.
+    /// Waits until every task but the recorders has ended.
     pub async fn finished(&self) {
         self.tasks.close();
         self.tasks.wait().await;
+    }
+
+    /// Lets the recorders write what they have, and waits for them.
+    pub async fn recorded(&self) {
+        self.silent.cancel();
+        self.recorders.close();
+        self.recorders.wait().await;
     }
 }

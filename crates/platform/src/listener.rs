@@ -40,10 +40,13 @@ pub struct ListenerSettings {
     /// Connections at a time whose peer has not shown who it is
     #[arg(long, env = "MIDSPAN_MAX_UNAUTHENTICATED", default_value_t = 1024, value_name = "N")]
     pub max_unauthenticated: usize,
-    /// Time for the TLS handshake, and again for each request's header
-    #[arg(long, env = "MIDSPAN_HEADER_LIMIT", default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    /// Time for the TLS handshake, and again for each request's header; three times that to show who one is
+    #[arg(long, env = "MIDSPAN_HEADER_LIMIT", default_value = "10s", value_name = "TIME", value_parser = crate::duration::positive)]
     pub header_limit: Duration,
 }
+
+/// A peer that has not shown who it is after this many times the header limit is cut off, whatever it does meanwhile.
+const STRANGER_LIMITS: u32 = 3;
 
 /// The longest header of a request, in bytes.
 pub const HEADER_MAX: usize = 16 * 1024;
@@ -67,7 +70,7 @@ impl ListenerMetrics {
             ),
             refused: metrics.counters(
                 "midspan_listener_refused_connections_total",
-                "Connections that were closed at once because a limit was reached, by limit.",
+                "Connections that were closed because a limit was reached, by limit.",
                 "limit",
             ),
             tls_failures: metrics.counters(
@@ -76,7 +79,7 @@ impl ListenerMetrics {
                 "cause",
             ),
         };
-        for limit in ["connections", "unauthenticated"] {
+        for limit in ["connections", "unauthenticated", "stranger_time"] {
             this.refused.with_label_values(&[limit]);
         }
         for cause in ["protocol", "timeout"] {
@@ -92,6 +95,7 @@ pub struct Listener {
     name: &'static str,
     socket: TcpListener,
     address: SocketAddr,
+    trusted: bool,
 }
 
 impl Listener {
@@ -101,7 +105,13 @@ impl Listener {
             format!("cannot listen on {address} ({name}); is another process there? choose another address")
         })?;
         let address = socket.local_addr().context("the listener has no address")?;
-        Ok(Self { name, socket, address })
+        Ok(Self { name, socket, address, trusted: false })
+    }
+
+    /// A listener that only peers from the inside reach: nobody there has to show who it is.
+    #[must_use]
+    pub fn trusted(self) -> Self {
+        Self { trusted: true, ..self }
     }
 
     /// The address, with the real port.
@@ -118,10 +128,11 @@ impl Listener {
         lifecycle: &Lifecycle,
         handler: Handler,
     ) {
-        let Self { name, socket, address } = self;
+        let Self { name, socket, address, trusted } = self;
         info!(listener = name, %address, tls = tls.is_some(), "listening");
         let front = Front {
             name,
+            trusted,
             tls: tls.map(TlsAcceptor::from),
             header_limit: settings.header_limit,
             places: Arc::new(Semaphore::new(settings.max_connections)),
@@ -137,6 +148,7 @@ impl Listener {
 
 struct Front {
     name: &'static str,
+    trusted: bool,
     tls: Option<TlsAcceptor>,
     header_limit: Duration,
     places: Arc<Semaphore>,
@@ -169,9 +181,16 @@ impl Front {
             let Some((held, place)) = front.admit() else { continue };
             let front = Arc::clone(&front);
             let lifecycle = front.lifecycle.clone();
+            let peer = Arc::new(Peer::new(address, Some(place)));
+            if front.trusted {
+                peer.authenticated();
+            }
             lifecycle.spawn(Span::current(), async move {
                 tokio::select! {
-                    () = front.connection(stream, address, held, place) => {}
+                    () = front.connection(stream, &peer, held) => {}
+                    () = peer.stranger_for(front.header_limit * STRANGER_LIMITS) => {
+                        front.refuse("stranger_time");
+                    }
                     () = front.lifecycle.stopped().cancelled() => {}
                 }
             });
@@ -180,29 +199,24 @@ impl Front {
 
     /// A place for the connection, and one among the strangers; `None` when there is none.
     fn admit(&self) -> Option<(Held, OwnedSemaphorePermit)> {
-        let refuse = |limit: &'static str| {
-            self.metrics.refused.with_label_values(&[limit]).inc();
-            debug!(limit, "connection refused");
-        };
         let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
-            refuse("connections");
+            self.refuse("connections");
             return None;
         };
         let Ok(stranger) = Arc::clone(&self.strangers).try_acquire_owned() else {
-            refuse("unauthenticated");
+            self.refuse("unauthenticated");
             return None;
         };
         let counted = Counted::new(&self.metrics.connections.with_label_values(&[self.name]));
         Some((Held { _place: place, _counted: counted }, stranger))
     }
 
-    async fn connection(
-        &self,
-        stream: TcpStream,
-        address: SocketAddr,
-        held: Held,
-        place: OwnedSemaphorePermit,
-    ) {
+    fn refuse(&self, limit: &'static str) {
+        self.metrics.refused.with_label_values(&[limit]).inc();
+        debug!(limit, "connection refused");
+    }
+
+    async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held) {
         // Small messages must not wait for an acknowledgement. Fails only on a socket that is gone.
         let _ = stream.set_nodelay(true);
         let transport = match &self.tls {
@@ -226,8 +240,7 @@ impl Front {
             }
         };
         let connection = Connection { transport, _held: Some(held) };
-        let peer = Arc::new(Peer::new(address, Some(place)));
-        serve_http(connection, peer, self.header_limit, &self.lifecycle, &self.handler).await;
+        serve_http(connection, Arc::clone(peer), self.header_limit, &self.lifecycle, &self.handler).await;
     }
 }
 

@@ -19,7 +19,7 @@ pub struct SecretSettings {
     #[arg(long, env = "MIDSPAN_DENY_FILE", value_name = "FILE")]
     pub deny_file: Option<PathBuf>,
     /// How often files and certificates are looked at for changes
-    #[arg(long, env = "MIDSPAN_RELOAD_INTERVAL", default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_RELOAD_INTERVAL", default_value = "10s", value_name = "TIME", value_parser = crate::duration::positive)]
     pub reload_interval: Duration,
 }
 

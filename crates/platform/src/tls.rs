@@ -46,6 +46,7 @@ pub async fn server_config(
     let resolver = Arc::clone(&certificate);
     let stopped = lifecycle.stopped().clone();
     lifecycle.spawn(Span::current(), async move {
+        let mut refused = None;
         loop {
             tokio::select! {
                 () = stopped.cancelled() => return,
@@ -60,15 +61,18 @@ pub async fn server_config(
                 Ok(key) => {
                     certificate.0.store(Arc::new(key));
                     info!(file = %files.certificate.display(), "certificate read again");
+                    (text, refused) = (new, None);
                 }
+                // Tried again each time, since it may only be not valid yet; said once.
+                Err(_) if refused.as_ref() == Some(&new) => {}
                 Err(error) => {
                     error!(
                         error = format!("{error:#}"),
                         "changed certificate cannot be used, the old one stays in force"
                     );
+                    refused = Some(new);
                 }
             }
-            text = new;
         }
     });
     let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))

@@ -297,7 +297,7 @@ async fn a_refusal_keeps_the_relays_words() {
     let service = Service::new(relay.connection("SharedAccessKeyName=support"), options()).unwrap();
     let request = stream_request("ssh".parse().unwrap(), Capabilities::none());
     let device = "dev1".parse().unwrap();
-    let (opened, ()) = within(10, async {
+    let (opened, _) = within(10, async {
         tokio::join!(service.open(&device, &request), relay.refuse(404, "device_offline"))
     })
     .await;

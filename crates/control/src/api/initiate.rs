@@ -7,6 +7,7 @@ use midspan_core::{
     api::StreamRequest,
     credential::Permission,
     id::DeviceAddress,
+    json,
     problem::{Problem, ProblemKind},
     trace::TraceParent,
 };
@@ -45,8 +46,7 @@ impl Control {
             .unwrap_or_else(|| TraceParent::new(clock::random(), clock::random_u64()));
         let body = timeout(BODY_LIMIT, body(request, BODY_MAX)).await;
         let body = body.map_err(|_| bad_request("the body took too long to arrive"))??;
-        let asked: StreamRequest =
-            serde_json::from_slice(&body).map_err(|error| bad_request(error.to_string()))?;
+        let asked: StreamRequest = json::parse(&body).map_err(|error| bad_request(error.to_string()))?;
         let grant = self.open_stream(service, address, asked, trace).await?;
         Ok(json(StatusCode::CREATED, &grant))
     }

@@ -7,8 +7,9 @@ use http::{HeaderValue, StatusCode, header};
 use hyper::upgrade::Upgraded;
 use hyper_util::rt::TokioIo;
 use midspan_core::{
-    credential::DeviceIdentity,
+    credential::{CLOCK_LEEWAY_SECONDS, DeviceIdentity},
     id::DeviceAddress,
+    json,
     limit::{LimitName, LimitReached},
     link::{FromDevice, Goodbye, GoodbyeReason, MESSAGE_MAX, SUBPROTOCOL, ToDevice, close_text},
     problem::{Problem, ProblemKind},
@@ -20,7 +21,7 @@ use midspan_platform::{
 };
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
-    time::{Instant, timeout},
+    time::{Instant, sleep_until, timeout},
 };
 use tokio_tungstenite::{
     WebSocketStream,
@@ -68,7 +69,7 @@ impl Control {
         if self.lifecycle.closing().is_cancelled() {
             return Err(Problem::new(ProblemKind::Unavailable, "this relay process is going away"));
         }
-        if self.links.count() >= self.settings.limit_device_links {
+        if self.links.count() >= self.settings.limit_device_links && !self.links.has(address) {
             return Err(Problem::from(LimitReached {
                 name: LimitName::DeviceLinks,
                 value: self.settings.limit_device_links as u64,
@@ -86,8 +87,10 @@ impl Control {
         let control = Arc::clone(self);
         let span =
             info_span!(parent: None, "link", device.id = %address, client.address = client_address(&request));
+        // Taken out of the request, which would otherwise live, with its credential, as long as the link.
+        let upgraded = hyper::upgrade::on(&mut request);
         self.lifecycle.spawn(span, async move {
-            match timeout(UPGRADE_LIMIT, hyper::upgrade::on(&mut request)).await {
+            match timeout(UPGRADE_LIMIT, upgraded).await {
                 Ok(Ok(upgraded)) => control.run_link(device, upgraded).await,
                 Ok(Err(error)) => debug!(%error, "link broke while it was opened"),
                 Err(_) => debug!("link took too long to open"),
@@ -103,9 +106,13 @@ impl Control {
             .max_frame_size(Some(MESSAGE_MAX));
         let mut socket =
             WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
-        let mut link = self.links.register(&device.address);
         let _counted = Counted::new(&self.metrics.device_links);
-        let generation = timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, clock::unix())).await;
+        let (mut link, generation) = {
+            // Two links of one device get their generations in the order in which they replace each other.
+            let _turn = self.links.turn(&device.address).lock().await;
+            let link = self.links.register(&device.address);
+            (link, timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, clock::unix())).await)
+        };
         info!("device connected");
         let end = match generation {
             // The deny list may have changed since the credential was checked.
@@ -144,7 +151,8 @@ impl Control {
         if let Err(end) = send(socket, &welcome).await {
             return end;
         }
-        let expiry = tokio::time::sleep(device.expires.since(clock::unix()));
+        let leeway = Duration::from_secs(CLOCK_LEEWAY_SECONDS);
+        let expiry = tokio::time::sleep(device.expires.plus(leeway).since(clock::unix()));
         tokio::pin!(expiry);
         let mut pings = tokio::time::interval(self.settings.link_ping);
         pings.reset();
@@ -168,10 +176,8 @@ impl Control {
                         return end;
                     }
                 }
+                () = sleep_until(heard + self.settings.link_silence) => return End::Gone("it gave no sign of life"),
                 _ = pings.tick() => {
-                    if heard.elapsed() >= self.settings.link_silence {
-                        return End::Gone("it gave no sign of life");
-                    }
                     if let Err(end) = write(socket, Message::Ping(Vec::new().into())).await {
                         return end;
                     }
@@ -184,7 +190,7 @@ impl Control {
         let bad = Some(End::Goodbye(GoodbyeReason::BadMessage));
         match message {
             None => Some(End::Gone("its connection ended")),
-            Some(Ok(Message::Text(text))) => match serde_json::from_str::<FromDevice>(&text) {
+            Some(Ok(Message::Text(text))) => match json::parse::<FromDevice>(text.as_bytes()) {
                 Ok(message) => {
                     if !link.answer(message) {
                         self.metrics.unexpected_answers.inc();

@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    hash::{DefaultHasher, Hash as _, Hasher as _},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -18,6 +19,7 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Default)]
 pub(crate) struct Links {
     inner: Arc<Mutex<Inner>>,
+    turns: [tokio::sync::Mutex<()>; 16],
 }
 
 #[derive(Debug, Default)]
@@ -165,6 +167,19 @@ impl Links {
                 link.goodbye.send_replace(Some(GoodbyeReason::Revoked));
             }
         }
+    }
+
+    /// A lock that all links of one device, and some others, share while they are announced.
+    pub(crate) fn turn(&self, address: &DeviceAddress) -> &tokio::sync::Mutex<()> {
+        let mut hasher = DefaultHasher::new();
+        address.hash(&mut hasher);
+        let turn = usize::try_from(hasher.finish() % self.turns.len() as u64).unwrap_or_default();
+        &self.turns[turn]
+    }
+
+    /// Whether the device has a link.
+    pub(crate) fn has(&self, address: &DeviceAddress) -> bool {
+        self.lock().link_by_device.contains_key(address)
     }
 
     pub(crate) fn count(&self) -> usize {

@@ -37,10 +37,10 @@ pub(crate) struct DevArguments {
     )]
     devices: Vec<DeviceAddress>,
     /// After the first signal, place no new streams but serve as usual for this long
-    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "0s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_DELAY", default_value = "0s", value_name = "TIME", value_parser = midspan_platform::duration::any)]
     drain_delay: Duration,
     /// Then let streams end by themselves for this long, before they are closed with 1012
-    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "10s", value_name = "TIME", value_parser = humantime::parse_duration)]
+    #[arg(long, env = "MIDSPAN_DRAIN_GRACE", default_value = "10s", value_name = "TIME", value_parser = midspan_platform::duration::any)]
     drain_grace: Duration,
     #[command(flatten)]
     control: ControlSettings,
