@@ -69,7 +69,8 @@ fn main() -> ExitCode {
             screen::print_table(&report.rows());
             if report.equal() {
                 let seconds = started.elapsed().as_secs_f32();
-                screen::print_line(&format!("done in {seconds:.1} s, and nothing is left running"));
+                let build = if cfg!(debug_assertions) { "a debug build, " } else { "" };
+                screen::print_line(&format!("{build}done in {seconds:.1} s, and nothing is left running"));
                 return ExitCode::SUCCESS;
             }
             screen.failure("the demonstration failed: the file came back changed");

@@ -19,6 +19,7 @@ mod python;
 mod rendezvous;
 mod splice;
 mod ssh;
+mod strangers;
 mod tickets;
 mod tls;
 mod tools;

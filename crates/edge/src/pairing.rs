@@ -324,3 +324,117 @@ impl Drop for Place {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use midspan_core::{id::Incarnation, ticket::Owner, trace::TraceParent};
+    use midspan_platform::{
+        clock,
+        listener::Connection,
+        metrics::{Counted, Metrics},
+    };
+
+    use super::*;
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    #[test]
+    fn ended_streams_take_no_room() {
+        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        for n in 0..100 {
+            let end = pairing.end(StreamId::from_random(n), CloseReason::DeviceOffline, now, now + HOUR);
+            assert!(matches!(end, End::Unseen));
+        }
+        let place = attach(&pairing, 1000, Role::Service, now, 1).unwrap().unwrap();
+        assert_eq!(pairing.counts(), (1, 0));
+        assert!(attach(&pairing, 1001, Role::Service, now, 1).is_none(), "there is room for one");
+        pairing.end(place.facts.stream, CloseReason::Deleted, now, now + HOUR);
+        assert_eq!(pairing.counts(), (0, 0));
+        assert!(attach(&pairing, 1001, Role::Service, now, 1).is_some());
+        // What ended before its leg came is remembered all the same.
+        let late = attach(&pairing, 1, Role::Device, now, 10).unwrap();
+        assert_eq!(late.unwrap_err(), AttachError::Ended(CloseReason::DeviceOffline));
+    }
+
+    #[tokio::test]
+    async fn a_leg_that_comes_behind_the_deadline_does_not_hide_that_the_other_one_waited_in_vain() {
+        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let mut waiting = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
+        assert!(matches!(waiting.ready(leg(Role::Service), now), Next::Wait(..)));
+        let late = attach(&pairing, 1, Role::Device, now + HOUR, 10).unwrap();
+        assert_eq!(late.unwrap_err(), AttachError::Ended(CloseReason::DeviceLegMissing));
+        // The one that waited hears of it, and the end is reported once.
+        assert_eq!(waiting.ended().await, CloseReason::DeviceLegMissing);
+        let reports = pairing.sweep(now + HOUR);
+        assert_eq!(
+            reports.iter().map(|(_, reason)| *reason).collect::<Vec<_>>(),
+            [CloseReason::DeviceLegMissing]
+        );
+        assert!(pairing.sweep(now + HOUR).is_empty());
+        assert_eq!(pairing.counts(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn the_second_leg_is_handed_to_the_first_and_the_first_end_stands() {
+        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let first = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
+        let Next::Wait(_, other) = first.ready(leg(Role::Device), now) else { panic!("it does not wait") };
+        let second = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
+        assert!(matches!(second.ready(leg(Role::Service), now), Next::HandedOver));
+        drop(second);
+        assert_eq!(other.await.unwrap().role, Role::Service);
+        assert_eq!(pairing.counts(), (0, 1));
+        assert!(matches!(pairing.end(first.facts.stream, CloseReason::Deleted, now, now), End::BySplice(_)));
+        assert!(matches!(
+            pairing.end(first.facts.stream, CloseReason::Idle, now, now),
+            End::Already(Some(_))
+        ));
+        assert_eq!(first.conclude(CloseReason::DeviceLost), CloseReason::Deleted);
+        assert_eq!(pairing.counts(), (0, 0));
+    }
+
+    #[tokio::test]
+    async fn a_place_that_was_left_is_not_freed_again() {
+        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let mut broken = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
+        assert!(broken.leave());
+        let again = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
+        drop(broken);
+        assert_eq!(attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap_err(), AttachError::Taken);
+        drop(again);
+        assert!(attach(&pairing, 1, Role::Device, now, 10).unwrap().is_ok());
+    }
+
+    fn attach(
+        pairing: &Arc<Pairing>,
+        stream: u128,
+        role: Role,
+        now: Instant,
+        most: usize,
+    ) -> Option<Result<Place, AttachError>> {
+        let ticket = Ticket {
+            stream: StreamId::from_random(stream),
+            role,
+            owner: Owner {
+                name: "edge-0".to_owned(),
+                incarnation: Incarnation::from_random(1),
+                address: String::new(),
+            },
+            address: "dev1".parse().unwrap(),
+            name: "ssh".parse().unwrap(),
+            credential: "support".to_owned(),
+            credential_expires: UnixTime(1),
+            expires: UnixTime(1),
+            trace: TraceParent::new(1, 1),
+        };
+        pairing.attach(&ticket, now, now + HOUR, now + HOUR, most)
+    }
+
+    fn leg(role: Role) -> Leg {
+        let gauge = Metrics::new().gauge("midspan_edge_legs", "Open legs.");
+        let (io, _) = tokio::io::duplex(1);
+        Leg { io: Connection::memory(io), early: bytes::Bytes::new(), role, counted: Counted::new(&gauge) }
+    }
+}
