@@ -300,7 +300,8 @@ pub(crate) fn page_query(data: &[u8]) {
     let mut written = format!("limit={}", page.limit);
     if let Some(after) = &page.after {
         assert!(after.len() < text.len(), "more is decoded than was sent");
-        written += &format!("&after={}", every_byte_encoded(after));
+        written.push_str("&after=");
+        written.push_str(&every_byte_encoded(after));
     }
     assert_eq!(PageQuery::parse(&written), Ok(page), "{written} reads differently");
 }

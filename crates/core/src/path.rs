@@ -115,28 +115,40 @@ pub enum PageError {
     #[error("limit must be 1 to {PAGE_MAX}")]
     Limit,
     /// What is percent-encoded is not UTF-8.
-    #[error("the path must be percent-encoded UTF-8")]
+    #[error("`after` must be percent-encoded UTF-8")]
     Encoding,
+    /// A field stands twice, so that two readers could see two pages.
+    #[error("the query has `{0}` twice")]
+    Twice(&'static str),
     /// A field that no list has.
     #[error("the query has `limit` and `after` only")]
     Field,
 }
 
 impl PageQuery {
-    /// Parses the query of a URL, empty when there is none. Of a field that stands twice, the last one counts.
+    /// Parses the query of a URL, empty when there is none.
     pub fn parse(query: &str) -> Result<Self, PageError> {
-        let mut page = Self { limit: PAGE_DEFAULT, after: None };
+        let (mut limit, mut after) = (None, None);
         for field in query.split('&').filter(|field| !field.is_empty()) {
-            match field.split_once('=').unwrap_or((field, "")) {
-                ("limit", value) => {
-                    let limit = value.parse().ok().filter(|limit| (1..=PAGE_MAX).contains(limit));
-                    page.limit = limit.ok_or(PageError::Limit)?;
-                }
-                ("after", value) => page.after = Some(decode(value).ok_or(PageError::Encoding)?.into_owned()),
+            let (name, value) = field.split_once('=').unwrap_or((field, ""));
+            let (slot, name) = match name {
+                "limit" => (&mut limit, "limit"),
+                "after" => (&mut after, "after"),
                 _ => return Err(PageError::Field),
+            };
+            if slot.replace(value).is_some() {
+                return Err(PageError::Twice(name));
             }
         }
-        Ok(page)
+        let limit = match limit {
+            None => PAGE_DEFAULT,
+            Some(digits) if digits.bytes().all(|b| b.is_ascii_digit()) => {
+                digits.parse().ok().filter(|limit| (1..=PAGE_MAX).contains(limit)).ok_or(PageError::Limit)?
+            }
+            Some(_) => return Err(PageError::Limit),
+        };
+        let decoded = |text| decode(text).map(Cow::into_owned).ok_or(PageError::Encoding);
+        Ok(Self { limit, after: after.map(decoded).transpose()? })
     }
 }
 
@@ -294,7 +306,6 @@ mod tests {
             ("after=a=b", PAGE_DEFAULT, Some("a=b")),
             ("after=a+b", PAGE_DEFAULT, Some("a+b")),
             ("after", PAGE_DEFAULT, Some("")),
-            ("limit=3&limit=4&after=a&after=b", 4, Some("b")),
         ] {
             let page = PageQuery { limit, after: after.map(str::to_owned) };
             assert_eq!(PageQuery::parse(query), Ok(page), "{query}");
@@ -308,9 +319,11 @@ mod tests {
             ("limit=1001", "limit must be 1 to 1000"),
             ("limit=-1", "limit must be 1 to 1000"),
             ("limit=99999999999999999999999", "limit must be 1 to 1000"),
-            ("limit=0&limit=1", "limit must be 1 to 1000"),
+            ("limit=+5", "limit must be 1 to 1000"),
+            ("limit=0&limit=1", "the query has `limit` twice"),
+            ("after=a&limit=1&after=b", "the query has `after` twice"),
             ("limit", "limit must be 1 to 1000"),
-            ("after=%FF", "the path must be percent-encoded UTF-8"),
+            ("after=%FF", "`after` must be percent-encoded UTF-8"),
             ("Limit=1", "the query has `limit` and `after` only"),
             ("=", "the query has `limit` and `after` only"),
         ] {

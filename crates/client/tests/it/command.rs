@@ -124,14 +124,17 @@ async fn a_clock_that_is_wrong_is_named_in_the_log() {
             while let Some(Ok(_)) = link.socket.next().await {}
             let mut log = String::new();
             child.stderr.take().unwrap().read_to_string(&mut log).await.unwrap();
-            let line = log.lines().find(|line| line.contains("clock"));
-            let Some(line) = line.filter(|_| seconds != 0) else {
-                assert_eq!((line, seconds), (None, 0), "{log}");
+            let found = log.lines().find(|line| line.contains("clock"));
+            let Some(warning) = found.filter(|_| seconds != 0) else {
+                assert_eq!((found, seconds), (None, 0), "{log}");
                 return;
             };
-            assert!(line.contains("WARN") && line.contains(&format!(" {words} the relay's")), "{line}");
+            assert!(
+                warning.contains("WARN") && warning.contains(&format!(" {words} the relay's")),
+                "{warning}"
+            );
             // A second or two may pass on the way.
-            assert!((597..=603).any(|difference| line.contains(&format!(" {difference} s "))), "{line}");
+            assert!((597..=603).any(|off| warning.contains(&format!(" {off} s "))), "{warning}");
         })
         .await;
     }

@@ -179,7 +179,7 @@ async fn a_service_dials_again_with_the_same_ticket() {
         let mut stream = service.open(&"dev1".parse().unwrap(), &request).await.unwrap();
         assert_eq!(stream.receive().await.unwrap(), Some(Message::Text("hello".to_owned())));
     };
-    within(15, async { tokio::join!(story, opening) }).await;
+    within(15, async { tokio::join!(story, Box::pin(opening)) }).await;
 }
 
 #[tokio::test]

@@ -7,6 +7,7 @@ use midspan_core::{
     api::{DevicePage, DeviceStatus, PAGE_MAX},
     credential::{Credentials, Permission, ServiceIdentity},
     id::DeviceAddress,
+    path::PageQuery,
     problem::{Problem, ProblemKind},
 };
 use midspan_platform::{
@@ -14,13 +15,13 @@ use midspan_platform::{
     rendezvous::LinkRecord,
 };
 
-use super::{PageQuery, bad_request, in_time};
+use super::{bad_request, in_time};
 use crate::{auth::out_of_scope, control::Control};
 
 impl Control {
     pub(crate) async fn list_devices(&self, request: &HttpRequest) -> Result<HttpResponse, Problem> {
         let service = self.service_that_may(request, Permission::List)?;
-        let page = PageQuery::parse(request)?;
+        let page = PageQuery::parse(request.uri().query().unwrap_or_default())?;
         let after = page.after.map(|after| after.parse::<DeviceAddress>()).transpose();
         let after = after.map_err(|error| bad_request(format!("after: {error}")))?;
 

@@ -9,7 +9,7 @@ use std::{sync::Arc, time::Duration};
 
 use http::HeaderValue;
 use midspan_core::{
-    path::{self, ApiPath},
+    path::ApiPath,
     problem::{Problem, ProblemKind},
 };
 use midspan_platform::{
@@ -78,15 +78,6 @@ impl Control {
             (ApiPath::Stream(stream), "DELETE") => self.end_stream(&request, &stream).await,
             (path, _) => Err(use_method(path.methods())),
         }
-    }
-}
-
-/// Which page of a list is asked for.
-struct PageQuery;
-
-impl PageQuery {
-    fn parse(request: &HttpRequest) -> Result<path::PageQuery, Problem> {
-        Ok(path::PageQuery::parse(request.uri().query().unwrap_or_default())?)
     }
 }
 

@@ -6,6 +6,7 @@ use midspan_core::{
     close::CloseReason,
     credential::Permission,
     id::StreamId,
+    path::PageQuery,
     problem::{Problem, ProblemKind},
     record::{StreamEnd, StreamRecord, StreamState},
 };
@@ -14,13 +15,13 @@ use midspan_platform::{
     http::{HttpRequest, HttpResponse, empty, json},
 };
 
-use super::{PageQuery, bad_request, in_time};
+use super::{bad_request, in_time};
 use crate::{auth::out_of_scope, control::Control};
 
 impl Control {
     pub(crate) async fn list_streams(&self, request: &HttpRequest) -> Result<HttpResponse, Problem> {
         let service = self.service_that_may(request, Permission::List)?;
-        let page = PageQuery::parse(request)?;
+        let page = PageQuery::parse(request.uri().query().unwrap_or_default())?;
         let after = page.after.map(|after| after.parse::<StreamId>()).transpose();
         let mut after = after.map_err(|error| bad_request(format!("after: {error}")))?;
         let mut items: Vec<StreamRecord> = Vec::new();
