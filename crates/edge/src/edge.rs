@@ -84,6 +84,11 @@ const LEASE: Duration = Duration::from_secs(1);
 impl Edge {
     /// Puts an edge together and starts its housekeeping.
     pub fn start(parts: EdgeParts) -> Arc<Self> {
+        parts.metrics.info(
+            "midspan_edge_info",
+            "Always 1; the edge's name and the incarnation that tickets for it must name.",
+            &[("edge", &parts.owner.name), ("incarnation", &parts.owner.incarnation.to_string())],
+        );
         let edge = Arc::new(Self {
             settings: parts.settings,
             owner: parts.owner,

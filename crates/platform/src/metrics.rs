@@ -27,6 +27,12 @@ impl Metrics {
         self.register(IntGaugeVec::new(Opts::new(name, help), &[label]))
     }
 
+    /// A gauge that is always 1 and tells facts of the process in its labels.
+    pub fn info(&self, name: &str, help: &str, facts: &[(&str, &str)]) {
+        let (labels, values): (Vec<_>, Vec<_>) = facts.iter().copied().unzip();
+        self.register(IntGaugeVec::new(Opts::new(name, help), &labels)).with_label_values(&values).set(1);
+    }
+
     /// A counter without labels.
     pub fn counter(&self, name: &str, help: &str) -> IntCounter {
         self.register(IntCounter::new(name, help))
