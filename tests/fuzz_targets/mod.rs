@@ -11,7 +11,10 @@ use midspan_core::{
     connection_string::{ConnectionString, Identity},
     credential::Credentials,
     deny::DenyList,
-    frame::{self, CloseFrame, Event, FrameError, FrameReader, Opcode, Sender},
+    frame::{
+        self, CloseFrame, Control, Event, FrameError, FrameReader, HEADROOM, HOLD, Opcode, Passage, Sender,
+        Stop,
+    },
     id::{
         DeviceAddress, DeviceId, ID_MAX_LENGTH, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName,
     },
@@ -51,21 +54,34 @@ pub(crate) const TARGETS: &[Target] = &[
     ("upgrade_headers", upgrade_headers),
 ];
 
-/// How bytes are cut into reads makes no difference; little is held back; what comes out can be sent on.
+/// How bytes are cut into reads makes no difference; little is held back; what a relay sends on reads the same.
 ///
 /// The first byte is the length of a read, less one.
 pub(crate) fn frame(data: &[u8]) {
     let Some((&step, bytes)) = data.split_first() else { return };
+    let step = usize::from(step) + 1;
     for sender in [Sender::Client, Sender::Server] {
         let at_once = read_leg(sender, bytes, bytes.len().max(1));
-        let in_steps = read_leg(sender, bytes, usize::from(step) + 1);
-        assert_eq!(at_once.items, in_steps.items, "the size of a read changes what is read");
-
-        let again = read_leg(Sender::Server, &at_once.sent_on, at_once.sent_on.len().max(1));
-        let mut items = at_once.items;
-        // A frame that breaks the protocol is not sent on.
-        items.retain(|item| !matches!(item, Item::Error(_)));
-        assert_eq!(items, again.items, "what is sent on reads differently");
+        let in_steps = read_leg(sender, bytes, step);
+        assert_eq!(at_once, in_steps, "the size of a read changes what is read");
+        for hold in [false, true] {
+            for step in [step, bytes.len().max(1)] {
+                let passed = pass_leg(sender, bytes, step, hold);
+                let again = read_leg(Sender::Server, &passed.sent_on, passed.sent_on.len().max(1));
+                assert_eq!(
+                    messages(&at_once, hold),
+                    messages(&again, hold),
+                    "what is sent on reads differently"
+                );
+                let stops: Vec<_> =
+                    at_once.iter().filter(|item| !matches!(item, Item::Message { .. })).collect();
+                assert_eq!(
+                    stops,
+                    passed.stops.iter().collect::<Vec<_>>(),
+                    "control frames are told differently"
+                );
+            }
+        }
     }
 }
 
@@ -430,17 +446,16 @@ enum Item {
     Error(FrameError),
 }
 
-struct Leg {
-    items: Vec<Item>,
-    /// The same, written as a relay sends it on.
+/// What a leg sends on, and what it does not.
+struct Passed {
     sent_on: Vec<u8>,
+    stops: Vec<Item>,
 }
 
 /// Reads a leg `step` bytes at a time, and puts the pieces of each message together again.
-fn read_leg(sender: Sender, bytes: &[u8], step: usize) -> Leg {
+fn read_leg(sender: Sender, bytes: &[u8], step: usize) -> Vec<Item> {
     let mut reader = FrameReader::new(sender);
-    let mut leg = Leg { items: Vec::new(), sent_on: Vec::new() };
-    let mut buffer = Vec::new();
+    let (mut items, mut buffer) = (Vec::new(), Vec::new());
     for chunk in bytes.chunks(step) {
         buffer.extend_from_slice(chunk);
         let mut taken = 0;
@@ -450,51 +465,90 @@ fn read_leg(sender: Sender, bytes: &[u8], step: usize) -> Leg {
                 Ok(Some((size, event))) => {
                     assert!(size > 0, "an event out of nothing");
                     taken += size;
-                    let last = matches!(event, Event::Close(_));
-                    leg.take(&event);
+                    let last = matches!(event, Event::Control(Control::Close(_)));
+                    take(&mut items, &event);
                     if last {
-                        return leg;
+                        return items;
                     }
                 }
                 Err(error) => {
-                    leg.items.push(Item::Error(error));
-                    return leg;
+                    items.push(Item::Error(error));
+                    return items;
                 }
             }
         }
         buffer.drain(..taken);
-        assert!(buffer.len() < frame::HOLD + frame::HEADER_MAX, "more is held back than allowed");
+        assert!(buffer.len() < frame::HEADER_MAX + frame::CONTROL_MAX, "more is held back than allowed");
     }
-    leg
+    items
 }
 
-impl Leg {
-    fn take(&mut self, event: &Event<'_>) {
-        match *event {
-            Event::Data { opcode, fin, payload } => {
-                frame::put_frame(&mut self.sent_on, opcode, fin, payload);
-                match self.items.last_mut() {
-                    Some(Item::Message { payload: so_far, fin: end, .. })
-                        if opcode == Opcode::Continuation && !*end =>
-                    {
-                        so_far.extend_from_slice(payload);
-                        *end = fin;
+/// Passes a leg on, `step` bytes at a time, as a relay does.
+fn pass_leg(sender: Sender, bytes: &[u8], step: usize, hold: bool) -> Passed {
+    let mut reader = FrameReader::new(sender);
+    let mut passed = Passed { sent_on: Vec::new(), stops: Vec::new() };
+    let mut rest = Vec::new();
+    for chunk in bytes.chunks(step) {
+        rest.extend_from_slice(chunk);
+        let mut buffer = vec![0; HEADROOM];
+        buffer.extend_from_slice(&rest);
+        let mut passage = Passage::new(HEADROOM..buffer.len());
+        let last = loop {
+            match reader.pass(&mut buffer, &mut passage, hold) {
+                Ok(Stop::Starved { wanted }) => {
+                    let left = passage.rest().len();
+                    assert!(wanted == 0 || wanted > left, "waits for what is there");
+                    break false;
+                }
+                Ok(Stop::Control(control)) => {
+                    let last = matches!(control, Control::Close(_));
+                    take(&mut passed.stops, &Event::Control(control));
+                    if last {
+                        break true;
                     }
-                    _ => self.items.push(Item::Message { opcode, payload: payload.to_vec(), fin }),
+                }
+                Err(error) => {
+                    passed.stops.push(Item::Error(error));
+                    break true;
                 }
             }
-            Event::Ping(payload) => {
-                frame::put_frame(&mut self.sent_on, Opcode::Ping, true, payload);
-                self.items.push(Item::Ping(payload.to_vec()));
+        };
+        assert!(passage.output().end <= passage.rest().start, "output over input");
+        passed.sent_on.extend_from_slice(&buffer[passage.output()]);
+        rest = buffer[passage.rest()].to_vec();
+        if last {
+            break;
+        }
+        let most = if hold { HOLD } else { frame::CONTROL_MAX };
+        assert!(rest.len() < most + frame::HEADER_MAX, "more is held back than allowed");
+    }
+    passed
+}
+
+/// The messages of a leg. With `hold`, what is there of the last one depends on what was held, and is left out.
+fn messages(items: &[Item], hold: bool) -> Vec<&Item> {
+    let is_kept = |item: &&Item| matches!(item, Item::Message { fin, .. } if *fin || !hold);
+    items.iter().filter(is_kept).collect()
+}
+
+fn take(items: &mut Vec<Item>, event: &Event<'_>) {
+    match *event {
+        Event::Data { opcode, fin, payload } => {
+            let open = items.iter_mut().rev().find(|item| matches!(item, Item::Message { .. }));
+            match open {
+                Some(Item::Message { payload: so_far, fin: end, .. })
+                    if opcode == Opcode::Continuation && !*end =>
+                {
+                    so_far.extend_from_slice(payload);
+                    *end = fin;
+                }
+                _ => items.push(Item::Message { opcode, payload: payload.to_vec(), fin }),
             }
-            Event::Pong => {
-                frame::put_frame(&mut self.sent_on, Opcode::Pong, true, &[]);
-                self.items.push(Item::Pong);
-            }
-            Event::Close(CloseFrame { code, text }) => {
-                frame::put_close(&mut self.sent_on, CloseFrame { code, text });
-                self.items.push(Item::Close { code, text: text.to_owned() });
-            }
+        }
+        Event::Control(Control::Ping(payload)) => items.push(Item::Ping(payload.to_vec())),
+        Event::Control(Control::Pong) => items.push(Item::Pong),
+        Event::Control(Control::Close(CloseFrame { code, text })) => {
+            items.push(Item::Close { code, text: text.to_owned() });
         }
     }
 }

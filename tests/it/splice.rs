@@ -4,7 +4,8 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use midspan_core::{close::CloseReason, id::Role};
-use midspan_edge::splice::{Limits, Splice};
+use midspan_edge::splice::{Limits, Shared, Splice};
+use midspan_platform::metrics::Metrics;
 use proptest::{collection::vec, prelude::*};
 use testkit::{Frame, pattern, within};
 use tokio::{
@@ -92,6 +93,9 @@ async fn an_end_from_outside_is_told_to_both() {
     assert_eq!((service, device), (told.clone(), told));
 }
 
+/// Room for all that these streams ever keep.
+const BUFFERED: usize = 64 * 1024 * 1024;
+
 /// What a stream carried, and why it ended.
 struct Spliced {
     reason: CloseReason,
@@ -105,7 +109,8 @@ async fn splice(
     limits: Limits,
     end: impl Future<Output = CloseReason>,
 ) -> Spliced {
-    let mut stream = Splice::new(service, device, early);
+    let shared = Shared::new(BUFFERED, &Metrics::new());
+    let mut stream = Splice::new(service, device, early, shared);
     let ending = stream.run(limits, end).await;
     let spliced = Spliced { reason: ending.reason(), bytes_to_device: stream.payload().0 };
     stream.finish(ending, limits).await;

@@ -285,6 +285,11 @@ impl Relay {
         line.trim().trim_end_matches(" kB").parse().unwrap()
     }
 
+    /// The id of its process.
+    pub fn process_id(&self) -> u32 {
+        self.process.id()
+    }
+
     /// How many files and sockets the relay has open.
     pub fn open_files(&self) -> usize {
         fs::read_dir(format!("/proc/{}/fd", self.process.id())).unwrap().count()

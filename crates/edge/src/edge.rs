@@ -24,7 +24,7 @@ use crate::{
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     pairing::{End, Next, Pairing, Place, StreamFacts},
-    splice::Splice,
+    splice::{self, Splice},
     vitals::Limits,
 };
 
@@ -36,6 +36,7 @@ pub struct Edge {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: EdgeMetrics,
     pub(crate) pairing: Arc<Pairing>,
+    splices: splice::Shared,
     rendezvous: Arc<dyn Rendezvous>,
     activity: ActivityLog,
 }
@@ -77,6 +78,8 @@ const UNSEEN: Duration = midspan_core::api::HANDSHAKE_MAX.saturating_add(LEEWAY)
 /// How often, after the grace period, streams are looked for that began in the meantime.
 const DRAIN_ROUNDS: usize = 3;
 
+const MIB: usize = 1024 * 1024;
+
 const SWEEP: Duration = Duration::from_millis(250);
 
 const LEASE: Duration = Duration::from_secs(1);
@@ -90,6 +93,7 @@ impl Edge {
             &[("edge", &parts.owner.name), ("incarnation", &parts.owner.incarnation.to_string())],
         );
         let edge = Arc::new(Self {
+            splices: splice::Shared::new(parts.settings.max_buffered_mib * MIB, &parts.metrics),
             settings: parts.settings,
             owner: parts.owner,
             secrets: parts.secrets,
@@ -205,7 +209,8 @@ impl Edge {
                 () = self.lifecycle.stopped().cancelled() => CloseReason::Draining,
             }
         };
-        let mut stream = Splice::new(service.io, device.io, [service.early, device.early]);
+        let mut stream =
+            Splice::new(service.io, device.io, [service.early, device.early], self.splices.clone());
         let announce = self.advance(facts.stream, StreamState::Joined { joined: clock::unix() });
         let (ending, _) = tokio::join!(stream.run(limits, end), announce);
 
@@ -222,7 +227,7 @@ impl Edge {
     /// Logs, counts and records the end of a stream. To be called once for each.
     async fn report(&self, facts: &StreamFacts, end: StreamEnd) {
         let row = end.reason.row();
-        self.metrics.ended(end.reason, end.bytes_to_device, end.bytes_to_service);
+        self.metrics.ended(end.reason);
         macro_rules! line {
             ($level:ident) => {
                 $level!(

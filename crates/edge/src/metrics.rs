@@ -10,7 +10,6 @@ pub(crate) struct EdgeMetrics {
     pub(crate) joined: IntGauge,
     ends: IntCounterVec,
     refusals: IntCounterVec,
-    payload: IntCounterVec,
 }
 
 impl EdgeMetrics {
@@ -34,15 +33,9 @@ impl EdgeMetrics {
                 "Legs that were refused, by the name of the problem they were told.",
                 "reason",
             ),
-            payload: metrics.counters(
-                "midspan_edge_payload_bytes_total",
-                "Payload that ended streams had carried, by the role that received it.",
-                "to",
-            ),
         };
         for role in Role::ALL {
             this.legs.with_label_values(&[role.as_str()]);
-            this.payload.with_label_values(&[role.as_str()]);
         }
         for reason in CloseReason::ALL {
             this.ends.with_label_values(&[reason.label()]);
@@ -62,10 +55,8 @@ impl EdgeMetrics {
         Role::ALL.iter().map(|role| self.legs.with_label_values(&[role.as_str()]).get()).sum()
     }
 
-    pub(crate) fn ended(&self, reason: CloseReason, bytes_to_device: u64, bytes_to_service: u64) {
+    pub(crate) fn ended(&self, reason: CloseReason) {
         self.ends.with_label_values(&[reason.label()]).inc();
-        self.payload.with_label_values(&[Role::Device.as_str()]).inc_by(bytes_to_device);
-        self.payload.with_label_values(&[Role::Service.as_str()]).inc_by(bytes_to_service);
     }
 
     pub(crate) fn refused(&self, name: &str) {

@@ -58,6 +58,9 @@ fn run(arguments: Arguments) -> anyhow::Result<()> {
         Role::Settings => return settings::print(&Arguments::command()),
     };
     telemetry::start(log)?;
+    // A huge page counts whole as soon as one of its bytes is used, which would make many small streams look fat. Where
+    // the kernel refuses, memory is only less tight.
+    let _ = rustix::thread::disable_transparent_huge_pages(true);
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
     let served = runtime.block_on(async {
         match arguments.role {

@@ -20,7 +20,6 @@ use tokio::{
     net::{TcpListener, TcpStream},
     sync::{OwnedSemaphorePermit, Semaphore},
 };
-use tokio_rustls::{TlsAcceptor, server::TlsStream};
 use tokio_util::sync::CancellationToken;
 use tracing::{Span, debug, info, info_span, warn};
 
@@ -28,6 +27,7 @@ use crate::{
     http::{Handler, Peer, call},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
+    tls::TlsStream,
 };
 
 /// What strangers may cost.
@@ -133,7 +133,7 @@ impl Listener {
         let front = Front {
             name,
             trusted,
-            tls: tls.map(TlsAcceptor::from),
+            tls,
             header_limit: settings.header_limit,
             places: Arc::new(Semaphore::new(settings.max_connections)),
             strangers: Arc::new(Semaphore::new(settings.max_unauthenticated)),
@@ -149,7 +149,7 @@ impl Listener {
 struct Front {
     name: &'static str,
     trusted: bool,
-    tls: Option<TlsAcceptor>,
+    tls: Option<Arc<ServerConfig>>,
     header_limit: Duration,
     places: Arc<Semaphore>,
     strangers: Arc<Semaphore>,
@@ -221,10 +221,12 @@ impl Front {
         let _ = stream.set_nodelay(true);
         let transport = match &self.tls {
             None => Transport::Tcp(stream),
-            Some(acceptor) => {
+            Some(config) => {
                 let failed =
                     |cause: &'static str| self.metrics.tls_failures.with_label_values(&[cause]).inc();
-                match tokio::time::timeout(self.header_limit, acceptor.accept(stream)).await {
+                match tokio::time::timeout(self.header_limit, TlsStream::accept(stream, Arc::clone(config)))
+                    .await
+                {
                     Ok(Ok(stream)) => Transport::Tls(Box::new(stream)),
                     Ok(Err(error)) => {
                         failed("protocol");
@@ -309,13 +311,21 @@ impl Connection {
         Self { transport: Transport::Memory(stream), _held: None }
     }
 
+    /// How many bytes it keeps of what was written to it.
+    pub fn backlog(&self) -> usize {
+        match &self.transport {
+            Transport::Tcp(_) | Transport::Memory(_) => 0,
+            Transport::Tls(stream) => stream.backlog(),
+        }
+    }
+
     /// Whether the peer has ended its direction, also when there are bytes before that end which nobody has read yet.
     ///
     /// Known from the socket's readiness, without reading. Always false in memory.
     pub fn is_read_closed(&self) -> bool {
         let socket = match &self.transport {
             Transport::Tcp(stream) => stream,
-            Transport::Tls(stream) => stream.get_ref().0,
+            Transport::Tls(stream) => stream.socket(),
             Transport::Memory(_) => return false,
         };
         let ready = futures_util::FutureExt::now_or_never(socket.ready(Interest::READABLE | Interest::ERROR));

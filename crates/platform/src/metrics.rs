@@ -1,7 +1,7 @@
 //! Metrics of one process, in a registry that it owns, so that tests run side by side.
 
 use prometheus::{
-    IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
     core::{Collector, GenericGauge},
 };
 
@@ -41,6 +41,11 @@ impl Metrics {
     /// A counter with one label.
     pub fn counters(&self, name: &str, help: &str, label: &str) -> IntCounterVec {
         self.register(IntCounterVec::new(Opts::new(name, help), &[label]))
+    }
+
+    /// A counter of seconds with one label.
+    pub fn seconds(&self, name: &str, help: &str, label: &str) -> CounterVec {
+        self.register(CounterVec::new(Opts::new(name, help), &[label]))
     }
 
     /// All metrics in Prometheus' text form.

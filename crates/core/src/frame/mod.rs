@@ -1,13 +1,16 @@
-//! WebSocket frames (RFC 6455, section 5), as a relay needs them: headers are read, payload is passed on.
+//! WebSocket frames (RFC 6455, section 5) without I/O: headers are read, payload is passed on.
 //!
-//! A [`FrameReader`] turns the bytes of one leg into [`Event`]s. It never waits for a whole message, and for a whole
-//! frame only up to [`HOLD`] bytes: what is longer comes out in pieces as it arrives, each to be sent as a fragment of
-//! the same message. So type and boundaries of every message stay, in bounded memory.
+//! A [`FrameReader`] holds the state of one direction, about 40 bytes, and never payload. A relay calls
+//! [`FrameReader::pass`], which turns a buffer of one leg's frames into frames for the other leg where they stand; an
+//! end of a stream calls [`FrameReader::next`]. Both come to the same messages, whatever the reads are.
 
+mod mask;
+mod pass;
+
+pub use pass::{HEADROOM, HOLD, Passage, Stop};
 use thiserror::Error;
 
-/// A frame with a payload of up to this many bytes is passed on as one frame; SDK clients rely on it up to 64 KiB.
-pub const HOLD: usize = 64 * 1024;
+use self::mask::Key;
 
 /// The longest header of a frame, in bytes.
 pub const HEADER_MAX: usize = 14;
@@ -41,7 +44,7 @@ pub enum Sender {
     Server,
 }
 
-/// What is wrong with a frame. Each ends the connection with close code 1002.
+/// What is wrong with a frame, which ends the connection.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
 pub enum FrameError {
     /// A reserved bit is set, and no extension was agreed on.
@@ -71,9 +74,19 @@ pub enum FrameError {
     /// A new message inside another.
     #[error("a new message before the end of the last one")]
     Unfinished,
-    /// A close frame with half a code, a code that must not be sent, or a text that is not UTF-8.
+    /// A close frame with half a code, or a code that must not be sent.
     #[error("a malformed close frame")]
     Close,
+    /// A close frame with a text that is not UTF-8.
+    #[error("the text of a close frame must be UTF-8")]
+    CloseText,
+}
+
+impl FrameError {
+    /// The code of the close frame that tells the sender (RFC 6455, section 7.4.1).
+    pub fn close_code(self) -> u16 {
+        if self == Self::CloseText { 1007 } else { 1002 }
+    }
 }
 
 /// What comes next out of a leg's bytes.
@@ -88,6 +101,13 @@ pub enum Event<'a> {
         /// The bytes.
         payload: &'a [u8],
     },
+    /// A whole control frame.
+    Control(Control<'a>),
+}
+
+/// A control frame, unmasked.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Control<'a> {
     /// To be answered with a pong that holds the same bytes.
     Ping(&'a [u8]),
     /// A sign of life.
@@ -114,25 +134,32 @@ pub struct FrameReader {
     partial: Option<Partial>,
 }
 
+/// What is still to come of a data frame.
 #[derive(Debug, Clone, Copy)]
 struct Partial {
-    left: u64,
+    /// What the next piece is sent on with.
+    opcode: Opcode,
     fin: bool,
-    mask: Option<Mask>,
+    left: u64,
+    key: Option<Key>,
 }
 
 #[derive(Debug, Clone, Copy)]
-struct Mask {
-    key: [u8; 4],
-    offset: usize,
-}
-
 struct Header {
     fin: bool,
     opcode: Opcode,
     length: u64,
-    mask: Option<Mask>,
+    key: Option<Key>,
     size: usize,
+}
+
+/// A data frame, or as much of one as is here.
+#[derive(Debug, Clone, Copy)]
+struct Piece {
+    opcode: Opcode,
+    fin: bool,
+    length: usize,
+    key: Option<Key>,
 }
 
 impl FrameReader {
@@ -143,48 +170,35 @@ impl FrameReader {
 
     /// Takes the next event from the front of `input`, and says how many bytes it took.
     ///
-    /// `None` means that more bytes are needed. They never add up to more than [`HOLD`] and [`HEADER_MAX`] together.
-    /// Payload is unmasked where it stands.
+    /// A frame of a message comes out in pieces, as it arrives; a control frame comes out whole. `None` means that more
+    /// bytes are needed; what then remains is at most [`HEADER_MAX`] and [`CONTROL_MAX`] together. Payload is
+    /// unmasked where it stands.
     pub fn next<'a>(&mut self, input: &'a mut [u8]) -> Result<Option<(usize, Event<'a>)>, FrameError> {
-        if let Some(partial) = self.partial {
-            return Ok(self.next_piece(partial, input));
-        }
-        let Some(header) = parse_header(input, self.sender)? else { return Ok(None) };
-        self.check_sequence(&header)?;
-        let body = &mut input[header.size..];
-
-        let held = usize::try_from(header.length).ok().filter(|&length| length <= HOLD);
-        let Some(length) = held else {
-            // Longer than what is held back: pass on what is here.
-            if body.is_empty() {
-                return Ok(None);
+        let (partial, start) = if let Some(partial) = self.partial {
+            (partial, 0)
+        } else {
+            let Some(header) = parse_header(input, self.sender)? else { return Ok(None) };
+            self.check_sequence(&header)?;
+            if header.opcode.is_control() {
+                let end = header.end();
+                return match input.get_mut(header.size..end) {
+                    None => Ok(None),
+                    Some(payload) => Ok(Some((end, Event::Control(control(&header, payload)?)))),
+                };
             }
-            let take = usize::try_from(header.length).map_or(body.len(), |length| length.min(body.len()));
-            let payload = &mut body[..take];
-            let mask = header.mask.map(|mask| unmask(mask, payload));
-            let left = header.length - take as u64;
-            let fin = header.fin && left == 0;
-            self.in_message = !fin;
-            self.partial = (left > 0).then_some(Partial { left, fin: header.fin, mask });
-            return Ok(Some((header.size + take, Event::Data { opcode: header.opcode, fin, payload })));
+            (Partial::of(&header), header.size)
         };
-        if body.len() < length {
+        let available = input.len() - start;
+        if available == 0 && partial.left > 0 {
             return Ok(None);
         }
-        let payload = &mut body[..length];
-        if let Some(mask) = header.mask {
-            unmask(mask, payload);
+        let piece = self.take(partial, available);
+        let end = start + piece.length;
+        let payload = &mut input[start..end];
+        if let Some(key) = piece.key {
+            mask::mask(payload, key);
         }
-        let event = match header.opcode {
-            Opcode::Continuation | Opcode::Text | Opcode::Binary => {
-                self.in_message = !header.fin;
-                Event::Data { opcode: header.opcode, fin: header.fin, payload }
-            }
-            Opcode::Ping => Event::Ping(payload),
-            Opcode::Pong => Event::Pong,
-            Opcode::Close => Event::Close(parse_close(payload)?),
-        };
-        Ok(Some((header.size + length, event)))
+        Ok(Some((end, Event::Data { opcode: piece.opcode, fin: piece.fin, payload })))
     }
 
     /// Whether the leg is in the middle of a message.
@@ -192,58 +206,127 @@ impl FrameReader {
         self.in_message
     }
 
-    fn next_piece<'a>(&mut self, partial: Partial, input: &'a mut [u8]) -> Option<(usize, Event<'a>)> {
-        let take = usize::try_from(partial.left).map_or(input.len(), |left| left.min(input.len()));
-        if take == 0 {
-            return None;
-        }
-        let payload = &mut input[..take];
-        let mask = partial.mask.map(|mask| unmask(mask, payload));
-        let left = partial.left - take as u64;
+    /// Takes what is here of a frame, of which something must be here unless it is empty.
+    #[inline]
+    fn take(&mut self, partial: Partial, available: usize) -> Piece {
+        let length = usize::try_from(partial.left).map_or(available, |left| left.min(available));
+        let left = partial.left - length as u64;
         let fin = partial.fin && left == 0;
         self.in_message = !fin;
-        self.partial = (left > 0).then_some(Partial { left, mask, ..partial });
-        Some((take, Event::Data { opcode: Opcode::Continuation, fin, payload }))
+        self.partial = (left > 0).then(|| {
+            let key = partial.key.map(|key| key.after(length));
+            Partial { opcode: Opcode::Continuation, left, key, fin: partial.fin }
+        });
+        Piece { opcode: partial.opcode, fin, length, key: partial.key }
     }
 
+    #[inline]
     fn check_sequence(&self, header: &Header) -> Result<(), FrameError> {
-        match header.opcode {
-            Opcode::Continuation if !self.in_message => Err(FrameError::NothingToContinue),
-            Opcode::Text | Opcode::Binary if self.in_message => Err(FrameError::Unfinished),
-            Opcode::Continuation
-            | Opcode::Text
-            | Opcode::Binary
-            | Opcode::Close
-            | Opcode::Ping
-            | Opcode::Pong => Ok(()),
+        match (header.opcode, self.in_message) {
+            (Opcode::Continuation, false) => Err(FrameError::NothingToContinue),
+            (Opcode::Text | Opcode::Binary, true) => Err(FrameError::Unfinished),
+            (Opcode::Continuation, true)
+            | (Opcode::Text | Opcode::Binary, false)
+            | (Opcode::Close | Opcode::Ping | Opcode::Pong, _) => Ok(()),
         }
     }
+}
+
+impl Partial {
+    #[inline]
+    fn of(header: &Header) -> Self {
+        Self { opcode: header.opcode, fin: header.fin, left: header.length, key: header.key }
+    }
+}
+
+impl Header {
+    /// Where the frame ends, counted from its first byte. For frames that are known to be short.
+    #[inline]
+    fn end(&self) -> usize {
+        self.size + usize::try_from(self.length).unwrap_or(usize::MAX / 2)
+    }
+}
+
+impl Opcode {
+    #[inline]
+    fn bits(self) -> u8 {
+        match self {
+            Self::Continuation => 0,
+            Self::Text => 1,
+            Self::Binary => 2,
+            Self::Close => 8,
+            Self::Ping => 9,
+            Self::Pong => 10,
+        }
+    }
+
+    #[inline]
+    fn is_control(self) -> bool {
+        matches!(self, Self::Close | Self::Ping | Self::Pong)
+    }
+}
+
+/// Reads the payload of a control frame, which must be whole.
+fn control<'a>(header: &Header, payload: &'a mut [u8]) -> Result<Control<'a>, FrameError> {
+    if let Some(key) = header.key {
+        mask::mask(payload, key);
+    }
+    match header.opcode {
+        Opcode::Ping => Ok(Control::Ping(payload)),
+        Opcode::Close => Ok(Control::Close(parse_close(payload)?)),
+        Opcode::Pong | Opcode::Continuation | Opcode::Text | Opcode::Binary => Ok(Control::Pong),
+    }
+}
+
+/// How long the header of a frame of this length is, without a mask.
+#[inline]
+fn header_size(length: usize) -> usize {
+    match length {
+        0..=125 => 2,
+        126..=0xffff => 4,
+        _ => 10,
+    }
+}
+
+/// Writes the header of a frame that is not masked to the front of `output`, and says how long it is.
+#[inline]
+fn write_header(output: &mut [u8], opcode: Opcode, fin: bool, length: usize) -> usize {
+    output[0] = u8::from(fin) << 7 | opcode.bits();
+    #[expect(clippy::cast_possible_truncation, reason = "the lengths were just told apart")]
+    match length {
+        0..=125 => output[1] = length as u8,
+        126..=0xffff => {
+            output[1] = 126;
+            output[2..4].copy_from_slice(&(length as u16).to_be_bytes());
+        }
+        _ => {
+            output[1] = 127;
+            output[2..10].copy_from_slice(&(length as u64).to_be_bytes());
+        }
+    }
+    header_size(length)
 }
 
 /// Appends the header of a frame that is not masked, as a server sends it.
 pub fn put_header(output: &mut Vec<u8>, opcode: Opcode, fin: bool, length: usize) {
-    let opcode = match opcode {
-        Opcode::Continuation => 0,
-        Opcode::Text => 1,
-        Opcode::Binary => 2,
-        Opcode::Close => 8,
-        Opcode::Ping => 9,
-        Opcode::Pong => 10,
-    };
-    output.push(u8::from(fin) << 7 | opcode);
-    match (u8::try_from(length), u16::try_from(length)) {
-        (Ok(short @ 0..=125), _) => output.push(short),
-        (_, Ok(medium)) => {
-            output.push(126);
-            output.extend_from_slice(&medium.to_be_bytes());
-        }
-        _ => {
-            output.push(127);
-            output.extend_from_slice(&(length as u64).to_be_bytes());
-        }
-    }
+    let mut header = [0; HEADROOM];
+    let size = write_header(&mut header, opcode, fin, length);
+    output.extend_from_slice(&header[..size]);
 }
 
+/// Makes a masked frame, as a client sends it, of the payload in `buffer` behind the first [`HEADER_MAX`] bytes, and
+/// says where it begins.
+///
+/// `key` must not be foreseeable for whoever chose the payload (RFC 6455, section 10.3).
+pub fn mask_frame(buffer: &mut [u8], opcode: Opcode, fin: bool, key: [u8; 4]) -> usize {
+    let length = buffer.len() - HEADER_MAX;
+    let start = HEADER_MAX - 4 - header_size(length);
+    write_header(&mut buffer[start..], opcode, fin, length);
+    buffer[start + 1] |= 0x80;
+    buffer[HEADER_MAX - 4..HEADER_MAX].copy_from_slice(&key);
+    mask::mask(&mut buffer[HEADER_MAX..], Key(key));
+    start
+}
 /// Appends a whole frame that is not masked.
 pub fn put_frame(output: &mut Vec<u8>, opcode: Opcode, fin: bool, payload: &[u8]) {
     put_header(output, opcode, fin, payload.len());
@@ -259,6 +342,7 @@ pub fn put_close(output: &mut Vec<u8>, close: CloseFrame<'_>) {
     output.extend_from_slice(text.as_bytes());
 }
 
+#[inline]
 fn parse_header(input: &[u8], sender: Sender) -> Result<Option<Header>, FrameError> {
     let &[first, second, ref rest @ ..] = input else { return Ok(None) };
     if first & 0x70 != 0 {
@@ -303,13 +387,13 @@ fn parse_header(input: &[u8], sender: Sender) -> Result<Option<Header>, FrameErr
     if length < least || length > i64::MAX as u64 {
         return Err(FrameError::Length);
     }
-    let mask = match (masked, rest[length_size..].first_chunk::<4>()) {
+    let key = match (masked, rest[length_size..].first_chunk::<4>()) {
         (false, _) => None,
         (true, None) => return Ok(None),
-        (true, Some(&key)) => Some(Mask { key, offset: 0 }),
+        (true, Some(&key)) => Some(Key(key)),
     };
     let size = 2 + length_size + if masked { 4 } else { 0 };
-    Ok(Some(Header { fin, opcode, length, mask, size }))
+    Ok(Some(Header { fin, opcode, length, key, size }))
 }
 
 fn parse_close(payload: &[u8]) -> Result<CloseFrame<'_>, FrameError> {
@@ -322,26 +406,10 @@ fn parse_close(payload: &[u8]) -> Result<CloseFrame<'_>, FrameError> {
             if !matches!(code, 1000..=1003 | 1007..=1014 | 3000..=4999) {
                 return Err(FrameError::Close);
             }
-            let text = std::str::from_utf8(text).map_err(|_| FrameError::Close)?;
+            let text = std::str::from_utf8(text).map_err(|_| FrameError::CloseText)?;
             Ok(CloseFrame { code: Some(code), text })
         }
     }
-}
-
-/// Unmasks `bytes`, which begin `mask.offset` bytes into the payload, and gives the mask for what follows them.
-fn unmask(mask: Mask, bytes: &mut [u8]) -> Mask {
-    let mut key = mask.key;
-    key.rotate_left(mask.offset % 4);
-    // Eight bytes at a time; the compiler makes wider steps of it.
-    let wide = u64::from_ne_bytes([key[0], key[1], key[2], key[3], key[0], key[1], key[2], key[3]]);
-    let (chunks, rest) = bytes.as_chunks_mut::<8>();
-    for chunk in chunks {
-        *chunk = (u64::from_ne_bytes(*chunk) ^ wide).to_ne_bytes();
-    }
-    for (byte, key) in rest.iter_mut().zip(key.iter().cycle()) {
-        *byte ^= key;
-    }
-    Mask { offset: (mask.offset + bytes.len()) % 4, ..mask }
 }
 
 #[cfg(test)]
@@ -384,7 +452,7 @@ mod tests {
             (&[0x80, 0x80, 0, 0, 0, 0], E::NothingToContinue),
             (&[0x88, 0x81, 0, 0, 0, 0, 3], E::Close),
             (&[0x88, 0x82, 0, 0, 0, 0, 0x03, 0xed], E::Close),
-            (&[0x88, 0x83, 0, 0, 0, 0, 0x03, 0xe8, 0xff], E::Close),
+            (&[0x88, 0x83, 0, 0, 0, 0, 0x03, 0xe8, 0xff], E::CloseText),
         ] {
             let mut input = bytes.to_vec();
             assert_eq!(FrameReader::new(Sender::Client).next(&mut input), Err(error), "{bytes:02x?}");
@@ -418,7 +486,7 @@ mod tests {
     proptest! {
         #![proptest_config(ProptestConfig::with_cases(64))]
 
-        /// Whatever the chunks: the same messages come out, of the same type, with frames of up to 64 KiB whole.
+        /// Whatever the chunks: the same messages come out, of the same type.
         #[test]
         fn reading_is_the_inverse_of_writing(sent in sent(), chunk in 1usize..100_000, key: [u8; 4]) {
             let wire = write_all(&sent, key);
@@ -439,13 +507,13 @@ mod tests {
                                 got.push(Sent::Message { text, fragments: vec![bytes] });
                             }
                         }
-                        Event::Ping(payload) => got.push(Sent::Ping(payload.to_vec())),
-                        Event::Pong => got.push(Sent::Pong),
-                        Event::Close(_) => prop_assert!(false),
+                        Event::Control(Control::Ping(payload)) => got.push(Sent::Ping(payload.to_vec())),
+                        Event::Control(Control::Pong) => got.push(Sent::Pong),
+                        Event::Control(Control::Close(_)) => prop_assert!(false),
                     }
                 }
                 pending.drain(..at);
-                prop_assert!(pending.len() <= HOLD + HEADER_MAX);
+                prop_assert!(pending.len() <= HEADER_MAX + CONTROL_MAX);
             }
             let joined: Vec<_> = sent.into_iter().map(|sent| match sent {
                 Sent::Message { text, fragments } => Sent::Message { text, fragments: vec![fragments.concat()] },
@@ -471,11 +539,11 @@ mod tests {
             put_close(&mut output, CloseFrame { code: Some(code), text: &text });
             prop_assert!(output.len() <= 2 + CONTROL_MAX);
             match FrameReader::new(Sender::Server).next(&mut output).unwrap().unwrap().1 {
-                Event::Close(close) => {
+                Event::Control(Control::Close(close)) => {
                     prop_assert_eq!(close.code, Some(code));
                     prop_assert!(text.starts_with(close.text));
                 }
-                event @ (Event::Data { .. } | Event::Ping(_) | Event::Pong) => prop_assert!(false, "{:?}", event),
+                event @ (Event::Data { .. } | Event::Control(_)) => prop_assert!(false, "{:?}", event),
             }
         }
     }

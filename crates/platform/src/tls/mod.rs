@@ -1,5 +1,9 @@
 //! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running.
 
+mod stream;
+
+pub use self::stream::TlsStream;
+
 use std::{
     fmt,
     path::{Path, PathBuf},

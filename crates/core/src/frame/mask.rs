@@ -1,0 +1,108 @@
+//! Masking (RFC 6455, section 5.3), in one pass with the move to where the payload goes.
+
+use std::sync::LazyLock;
+
+use fearless_simd::{Level, Simd, dispatch};
+
+/// What this processor can do, found out once.
+static LEVEL: LazyLock<Level> = LazyLock::new(Level::new);
+
+/// Moved at once by the wide loop: as much as eight registers of 32 bytes hold.
+const BLOCK: usize = 256;
+
+/// A masking key, turned so that its first byte belongs to the next byte of the payload.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Key(pub(crate) [u8; 4]);
+
+impl Key {
+    /// The key as it stands `bytes` later.
+    #[inline]
+    pub(crate) fn after(self, bytes: usize) -> Self {
+        let Self(mut key) = self;
+        key.rotate_left(bytes % 4);
+        Self(key)
+    }
+
+    fn wide(self) -> [u8; 8] {
+        let [a, b, c, d] = self.0;
+        [a, b, c, d, a, b, c, d]
+    }
+}
+
+/// Masks or unmasks `bytes` where they stand.
+pub(crate) fn mask(bytes: &mut [u8], key: Key) {
+    move_masked(bytes, 0, key);
+}
+
+/// Masks or unmasks everything in `window` behind its first `shift` bytes, and moves it to the front.
+#[inline]
+pub(crate) fn move_masked(window: &mut [u8], shift: usize, key: Key) {
+    if window.len() - shift < BLOCK {
+        return move_short(window, shift, key);
+    }
+    let level = *LEVEL;
+    dispatch!(level, simd => move_blocks(simd, window, shift, key));
+}
+
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "else it would not be compiled for the registers of its caller")]
+fn move_blocks<S: Simd>(simd: S, window: &mut [u8], shift: usize, key: Key) {
+    simd.vectorize(
+        #[inline(always)]
+        || {
+            let key_word = u64::from_ne_bytes(key.wide());
+            let whole = (window.len() - shift) / BLOCK * BLOCK;
+            let mut at = 0;
+            while at < whole {
+                let Some(block) = window[at + shift..].first_chunk::<BLOCK>() else { break };
+                // Loaded before it is stored, since source and destination may overlap.
+                let mut block = *block;
+                for word in block.as_chunks_mut::<8>().0 {
+                    *word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
+                }
+                window[at..at + BLOCK].copy_from_slice(&block);
+                at += BLOCK;
+            }
+            move_short(&mut window[at..], shift, key);
+        },
+    );
+}
+
+#[inline]
+fn move_short(window: &mut [u8], shift: usize, key: Key) {
+    let key_word = u64::from_ne_bytes(key.wide());
+    let length = window.len() - shift;
+    let mut at = 0;
+    while let Some(word) = window[at + shift..].first_chunk::<8>() {
+        let word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
+        window[at..at + 8].copy_from_slice(&word);
+        at += 8;
+    }
+    for (at, key) in (at..length).zip(key.0.into_iter().cycle()) {
+        window[at] = window[at + shift] ^ key;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    proptest! {
+        #[test]
+        fn equals_the_definition(
+            window in prop::collection::vec(any::<u8>(), 0..2000),
+            shift in 0usize..600,
+            key: [u8; 4],
+            turned in 0usize..9,
+        ) {
+            let shift = shift.min(window.len());
+            let mut moved = window.clone();
+            move_masked(&mut moved, shift, Key(key).after(turned));
+            for (index, &byte) in window[shift..].iter().enumerate() {
+                prop_assert_eq!(moved[index], byte ^ key[(index + turned) % 4]);
+            }
+        }
+    }
+}

@@ -1,0 +1,397 @@
+//! One leg of a joined stream: what is read from it, and what it is owed.
+
+use std::{
+    cell::RefCell,
+    io,
+    pin::Pin,
+    task::{Context, Poll, ready},
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use midspan_core::{
+    close::CloseReason,
+    frame::{
+        CloseFrame, Control, FrameError, FrameReader, HEADER_MAX, HEADROOM, HOLD, Opcode, Passage, Sender,
+        Stop, put_close, put_frame,
+    },
+    id::Role,
+};
+use midspan_platform::{clock, listener::Connection};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    time::timeout,
+};
+
+use super::{
+    Cause,
+    shared::{READ_MOST, Shared},
+};
+use crate::{
+    leg::{FAREWELL, linger},
+    vitals::Seen,
+};
+
+/// A leg that owes this much output is not read from, not even for the pings that it sends.
+const OUTPUT_MAX: usize = 64 * 1024;
+
+/// What a stream reads at once from a leg at first, and while its other leg is slow, in bytes.
+const APPETITE_LEAST: usize = 64 * 1024;
+
+thread_local! {
+    /// Where the streams of a thread read to, one after the other: what was kept of a leg's input, then one read.
+    static SCRATCH: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
+fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
+    SCRATCH.with_borrow_mut(|scratch| {
+        if scratch.is_empty() {
+            scratch.resize(HEADROOM + HOLD + HEADER_MAX + READ_MOST, 0);
+        }
+        work(scratch)
+    })
+}
+
+/// A connection that a splice can move bytes through.
+pub trait Pipe: AsyncRead + AsyncWrite + Unpin {
+    /// How many bytes it keeps of what was written to it.
+    fn backlog(&self) -> usize;
+}
+
+impl Pipe for Connection {
+    fn backlog(&self) -> usize {
+        Self::backlog(self)
+    }
+}
+
+impl Pipe for DuplexStream {
+    fn backlog(&self) -> usize {
+        0
+    }
+}
+
+/// How long a leg may take for what it is owed at the end.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Patience {
+    /// Without taking a byte.
+    pub(super) pause: Duration,
+    /// In all.
+    pub(super) whole: Duration,
+}
+
+/// For ends that owe nothing but the close frame.
+pub(super) const HASTE: Patience = Patience { pause: FAREWELL, whole: FAREWELL };
+
+/// One leg: what came from it and is not passed on yet, and what it is owed.
+pub(super) struct Half<IO> {
+    pub(super) role: Role,
+    io: IO,
+    reader: FrameReader,
+    /// The start of a frame that is not whole, or what a full leg has to wait with.
+    input: Vec<u8>,
+    /// How long `input` has to become for another look at it to be worth while; 0 for one look at once.
+    wanted: usize,
+    /// Whether `input` may be the start of a frame that is held; else it goes out as a fragment.
+    hold: bool,
+    /// Whether `input` was there at the last tick.
+    waited: bool,
+    output: Vec<u8>,
+    written: usize,
+    unflushed: bool,
+    blocked: Option<Instant>,
+    /// How much is read from it at once: less while its peer does not take that much.
+    appetite: usize,
+    /// Bytes of payload that came from it.
+    pub(super) payload: u64,
+    /// Messages that came from it.
+    messages: u64,
+    /// Of both, what the counters know already.
+    counted: (u64, u64),
+    seen: Seen,
+}
+
+impl<IO: Pipe> Half<IO> {
+    pub(super) fn new(role: Role, io: IO, early: &Bytes) -> Self {
+        Self {
+            role,
+            io,
+            reader: FrameReader::new(Sender::Client),
+            input: early.to_vec(),
+            wanted: 0,
+            hold: true,
+            waited: false,
+            output: Vec::new(),
+            written: 0,
+            unflushed: false,
+            blocked: None,
+            appetite: APPETITE_LEAST,
+            payload: 0,
+            messages: 0,
+            counted: (0, 0),
+            seen: Seen::default(),
+        }
+    }
+
+    /// Moves bytes from this leg to `to`, as far as one read goes, and says how many it looked at.
+    pub(super) fn step(
+        &mut self,
+        to: &mut Self,
+        shared: &Shared,
+        cx: &mut Context<'_>,
+    ) -> Result<usize, Cause> {
+        // Pongs that this leg is owed are written here too, when no data comes back to carry them along.
+        for half in [&mut *to, &mut *self] {
+            if half.owes() && matches!(half.poll_drain(shared, cx), Poll::Ready(Err(_))) {
+                return Err(Cause::Lost(half.role));
+            }
+        }
+        if to.owes() || self.is_full() {
+            self.seen.held_back = true;
+            return Ok(0);
+        }
+        with_scratch(|scratch| {
+            let start = HEADROOM + self.input.len();
+            let read = if self.is_due() { 0 } else { shared.read_size().min(self.appetite) };
+            let mut end = start;
+            if scratch.len() < start + read {
+                // Only what a full leg had to wait with is as long as that.
+                scratch.resize(start + read, 0);
+            }
+            if read > 0 {
+                let mut buffer = ReadBuf::new(&mut scratch[start..start + read]);
+                match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
+                    Poll::Pending => return Ok(0),
+                    Poll::Ready(Err(_)) => return Err(Cause::Lost(self.role)),
+                    Poll::Ready(Ok(())) => {}
+                }
+                let read = buffer.filled().len();
+                if read == 0 {
+                    return Err(Cause::Lost(self.role));
+                }
+                self.seen.heard = true;
+                end += read;
+                if self.hold && self.input.len() + read < self.wanted {
+                    self.input.extend_from_slice(&scratch[start..end]);
+                    return Ok(read);
+                }
+            }
+            scratch[HEADROOM..start].copy_from_slice(&self.input);
+            let mut passage = Passage::new(HEADROOM..end);
+            let translated = self.translate(scratch, &mut passage, shared.may_hold());
+            // What stands before a close frame or a mistake goes out all the same.
+            self.payload += passage.payload();
+            self.messages += passage.messages();
+            self.seen.payload |= passage.payload() > 0;
+            self.keep(&scratch[passage.rest()]);
+            if !passage.output().is_empty() {
+                to.seen.sent = true;
+                to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
+                if to.owes() {
+                    self.appetite = (self.appetite / 2).max(APPETITE_LEAST);
+                } else if read > 0 && end - start == read {
+                    self.appetite = (self.appetite * 2).min(READ_MOST);
+                }
+            }
+            translated?;
+            Ok(end - HEADROOM)
+        })
+    }
+
+    /// Turns frames of this leg into frames for the other, and answers its pings.
+    fn translate(&mut self, buffer: &mut [u8], passage: &mut Passage, may_hold: bool) -> Result<(), Cause> {
+        let role = self.role;
+        let hold = may_hold && self.hold;
+        (self.hold, self.waited, self.wanted) = (true, false, 0);
+        loop {
+            let stop = self.reader.pass(buffer, passage, hold);
+            match stop.map_err(|error| Cause::Protocol(role, error))? {
+                Stop::Starved { wanted } => {
+                    // Not zero: the next look comes after the next read.
+                    self.wanted = wanted.max(1);
+                    return Ok(());
+                }
+                Stop::Control(Control::Ping(payload)) => {
+                    put_frame(&mut self.output, Opcode::Pong, true, payload);
+                }
+                Stop::Control(Control::Pong) => self.seen.ponged = true,
+                Stop::Control(Control::Close(CloseFrame { code, text })) => {
+                    return Err(Cause::Closed { role, code, text: text.to_owned() });
+                }
+            }
+            if self.is_full() {
+                return Ok(());
+            }
+        }
+    }
+
+    /// Keeps what could not be passed on.
+    fn keep(&mut self, rest: &[u8]) {
+        if rest.is_empty() {
+            if self.input.capacity() > 0 {
+                self.input = Vec::new();
+            }
+        } else {
+            self.input.clear();
+            self.input.reserve_exact(rest.len().max(self.wanted.min(HOLD + HEADER_MAX)));
+            self.input.extend_from_slice(rest);
+        }
+    }
+
+    /// Whether there is input to look at without reading more.
+    fn is_due(&self) -> bool {
+        !self.input.is_empty() && self.wanted == 0
+    }
+
+    /// Writes to this leg, which owes nothing, and keeps what it does not take.
+    fn send(&mut self, bytes: &[u8], cx: &mut Context<'_>) -> io::Result<()> {
+        let mut sent = 0;
+        while sent < bytes.len() {
+            match Pin::new(&mut self.io).poll_write(cx, &bytes[sent..]) {
+                Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
+                Poll::Ready(Ok(written)) => sent += written,
+                Poll::Ready(Err(error)) => return Err(error),
+                Poll::Pending => break,
+            }
+        }
+        self.seen.took |= sent > 0;
+        self.unflushed = match Pin::new(&mut self.io).poll_flush(cx) {
+            Poll::Ready(flushed) => {
+                flushed?;
+                false
+            }
+            Poll::Pending => true,
+        };
+        self.output.extend_from_slice(&bytes[sent..]);
+        if self.owes() {
+            self.blocked = self.blocked.or(Some(clock::now()));
+        }
+        Ok(())
+    }
+
+    /// Writes what this leg is owed. Ready once nothing is.
+    fn poll_drain(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        while self.written < self.output.len() {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.output[self.written..]))?;
+            if written == 0 {
+                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
+            }
+            self.written += written;
+            self.seen.took = true;
+            self.unflushed = true;
+        }
+        if self.written > 0 {
+            (self.output, self.written) = (Vec::new(), 0);
+        }
+        if self.unflushed {
+            // TLS keeps what the socket does not take at once.
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            self.unflushed = false;
+            self.seen.took = true;
+        }
+        if let Some(since) = self.blocked.take() {
+            shared.leg(self.role).blocked_for(clock::now().saturating_duration_since(since));
+        }
+        Poll::Ready(Ok(()))
+    }
+
+    /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
+    pub(super) async fn deliver(&mut self, patience: Patience, shared: &Shared) {
+        let delivered = async {
+            loop {
+                self.seen.took = false;
+                let drained = std::future::poll_fn(|cx| self.poll_drain_discarding(shared, cx));
+                match timeout(patience.pause, drained).await {
+                    Ok(drained) => return drained.is_ok(),
+                    Err(_) if self.seen.took => {}
+                    Err(_) => return false,
+                }
+            }
+        };
+        if timeout(patience.whole, delivered).await == Ok(true) {
+            // The peer may end at its leisure, but not for ever.
+            let _ = timeout(FAREWELL, linger(&mut self.io)).await;
+        }
+    }
+
+    fn poll_drain_discarding(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        // A peer that is itself blocked in writing would never get to read.
+        let discarded = with_scratch(|scratch| {
+            for _ in 0..2 {
+                let mut buffer = ReadBuf::new(scratch);
+                match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
+                    Poll::Ready(Ok(())) if buffer.filled().is_empty() => return Ok(()),
+                    Poll::Ready(Ok(())) => {}
+                    Poll::Ready(Err(error)) => return Err(error),
+                    Poll::Pending => return Ok(()),
+                }
+            }
+            cx.waker().wake_by_ref();
+            Ok(())
+        });
+        if let Err(error) = discarded {
+            return Poll::Ready(Err(error));
+        }
+        self.poll_drain(shared, cx)
+    }
+
+    pub(super) fn put_ping(&mut self) {
+        if !self.is_full() {
+            put_frame(&mut self.output, Opcode::Ping, true, b"");
+        }
+    }
+
+    pub(super) fn put_close(&mut self, frame: CloseFrame<'_>) {
+        put_close(&mut self.output, frame);
+    }
+
+    /// Tells this leg why the stream is over; with the error, if it is this leg's.
+    pub(super) fn put_reason(&mut self, reason: CloseReason, error: Option<FrameError>) {
+        let (code, text) = match error {
+            None => (reason.close_code_for(self.role), reason.close_text()),
+            Some(error) => (error.close_code(), format!("{reason}: {error}")),
+        };
+        self.put_close(CloseFrame { code: Some(code), text: &text });
+    }
+
+    pub(super) fn owes(&self) -> bool {
+        self.written < self.output.len() || self.unflushed
+    }
+
+    fn is_full(&self) -> bool {
+        self.output.len() - self.written >= OUTPUT_MAX
+    }
+
+    /// How much memory its bytes take.
+    pub(super) fn kept(&self) -> usize {
+        self.input.capacity() + self.output.capacity() + self.io.backlog()
+    }
+
+    /// Lets a tick pass: the start of a frame that was there at the last one already goes out as a fragment.
+    pub(super) fn tick(&mut self) {
+        if self.waited {
+            (self.hold, self.wanted) = (false, 0);
+        }
+        self.waited = !self.input.is_empty();
+    }
+
+    /// Brings the counters up to date.
+    pub(super) fn count(&mut self, shared: &Shared) {
+        let (payload, messages) = self.counted;
+        let to = shared.leg(self.role.peer());
+        to.payload.inc_by(self.payload - payload);
+        to.messages.inc_by(self.messages - messages);
+        self.counted = (self.payload, self.messages);
+        if let Some(since) = &mut self.blocked {
+            let now = clock::now();
+            shared.leg(self.role).blocked_for(now.saturating_duration_since(*since));
+            *since = now;
+        }
+    }
+
+    pub(super) fn take_seen(&mut self, peer_owes: bool) -> Seen {
+        let held_back = self.seen.held_back || peer_owes || self.is_full();
+        let seen = Seen { owed: self.owes(), held_back, ..self.seen };
+        self.seen = Seen::default();
+        seen
+    }
+}

@@ -1,0 +1,199 @@
+//! Moves the bytes of a joined stream, both ways, in one task, until one side ends.
+//!
+//! Frames are cut through: a read's frames are turned into frames for the other leg in the thread's own buffer, and
+//! leave in one write. A stream has a buffer only while a leg takes nothing or a frame is not whole, and all streams of
+//! a process share the memory for that; a leg that takes nothing stops the reads from its peer.
+
+mod half;
+mod shared;
+
+use std::{
+    future::{Future, poll_fn},
+    pin::pin,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use midspan_core::{
+    close::CloseReason,
+    frame::{CloseFrame, FrameError},
+    id::Role,
+};
+use midspan_platform::clock;
+
+pub use self::{half::Pipe, shared::Shared};
+use self::{
+    half::{HASTE, Half, Patience},
+    shared::Kept,
+};
+pub use crate::vitals::Limits;
+use crate::vitals::Vitals;
+
+/// A busy stream moves about so many bytes before others have their turn.
+const TURN: usize = 1024 * 1024;
+
+/// Two joined legs.
+pub struct Splice<IO> {
+    service: Half<IO>,
+    device: Half<IO>,
+    kept: Kept,
+}
+
+/// Why bytes no longer flow.
+#[derive(Debug)]
+pub struct Ending(Cause);
+
+#[derive(Debug)]
+enum Cause {
+    /// A close frame came.
+    Closed { role: Role, code: Option<u16>, text: String },
+    /// A connection ended without one.
+    Lost(Role),
+    /// A leg broke the protocol.
+    Protocol(Role, FrameError),
+    /// A limit, or somebody outside.
+    Told(CloseReason),
+}
+
+impl Ending {
+    /// The reason of the end.
+    pub fn reason(&self) -> CloseReason {
+        self.0.reason()
+    }
+}
+
+impl Cause {
+    fn reason(&self) -> CloseReason {
+        match self {
+            Self::Closed { role, .. } => CloseReason::closed_by(*role),
+            Self::Lost(role) => CloseReason::lost(*role),
+            Self::Protocol(role, _) => CloseReason::protocol(*role),
+            Self::Told(reason) => *reason,
+        }
+    }
+}
+
+impl<IO: Pipe> Splice<IO> {
+    /// Joins two legs. `early` is what was read of each already: the service's, then the device's.
+    pub fn new(service: IO, device: IO, early: [Bytes; 2], shared: Shared) -> Self {
+        let [early_service, early_device] = early;
+        Self {
+            service: Half::new(Role::Service, service, &early_service),
+            device: Half::new(Role::Device, device, &early_device),
+            kept: Kept::new(shared),
+        }
+    }
+
+    /// Bytes of payload that were passed on: to the device, to the service.
+    pub fn payload(&self) -> (u64, u64) {
+        (self.service.payload, self.device.payload)
+    }
+
+    /// Moves bytes until one of the legs ends, a limit is reached, or `end` says so.
+    pub async fn run(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Ending {
+        let cause = self.flow(limits, end).await;
+        self.count();
+        Ending(cause)
+    }
+
+    async fn flow(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Cause {
+        let mut vitals = Vitals::new(limits, clock::now());
+        let mut end = pin!(end);
+        let mut ticks = tokio::time::interval(limits.tick());
+        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        loop {
+            tokio::select! {
+                biased;
+                reason = &mut end => return Cause::Told(reason),
+                _ = ticks.tick() => {
+                    let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
+                    let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
+                    let verdict = vitals.tick(clock::now(), seen);
+                    if let Some(reason) = verdict.end {
+                        return Cause::Told(reason);
+                    }
+                    for (half, ping) in [&mut self.service, &mut self.device].into_iter().zip(verdict.ping) {
+                        half.tick();
+                        if ping {
+                            half.put_ping();
+                        }
+                    }
+                    self.count();
+                }
+                ending = poll_fn(|cx| self.poll_pump(cx)) => return ending,
+            }
+        }
+    }
+
+    /// Moves bytes both ways until nothing more can be moved now.
+    fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
+        let mut moved = 0;
+        let pumped = loop {
+            let shared = self.kept.shared();
+            let forth = self.service.step(&mut self.device, shared, cx);
+            let back = self.device.step(&mut self.service, shared, cx);
+            match (forth, back) {
+                (Err(cause), _) | (_, Err(cause)) => break Poll::Ready(cause),
+                (Ok(0), Ok(0)) => break Poll::Pending,
+                (Ok(forth), Ok(back)) => moved += forth + back,
+            }
+            if moved >= TURN {
+                cx.waker().wake_by_ref();
+                break Poll::Pending;
+            }
+        };
+        self.keep_account();
+        pumped
+    }
+
+    fn keep_account(&mut self) {
+        self.kept.set(self.service.kept() + self.device.kept());
+    }
+
+    fn count(&mut self) {
+        let shared = self.kept.shared();
+        self.service.count(shared);
+        self.device.count(shared);
+    }
+
+    /// Tells both legs. A clean end first delivers everything that was sent before it.
+    pub async fn finish(self, ending: Ending, limits: Limits) {
+        let patience = Patience { pause: limits.close, whole: limits.stall.max(limits.close) };
+        let Self { mut service, mut device, kept } = self;
+        let shared = kept.shared();
+        match ending.0 {
+            Cause::Closed { code, text, .. } => {
+                let frame = CloseFrame { code, text: &text };
+                service.put_close(frame);
+                device.put_close(frame);
+                tokio::join!(service.deliver(patience, shared), device.deliver(patience, shared));
+            }
+            Cause::Lost(role) => {
+                let (lost, mut other) = match role {
+                    Role::Service => (service, device),
+                    Role::Device => (device, service),
+                };
+                drop(lost);
+                other.put_reason(CloseReason::lost(role), None);
+                other.deliver(HASTE, shared).await;
+            }
+            Cause::Protocol(role, error) => {
+                for half in [&mut service, &mut device] {
+                    half.put_reason(CloseReason::protocol(role), (half.role == role).then_some(error));
+                }
+                tokio::join!(service.deliver(HASTE, shared), device.deliver(HASTE, shared));
+            }
+            Cause::Told(reason) => {
+                service.put_reason(reason, None);
+                device.put_reason(reason, None);
+                tokio::join!(service.deliver(HASTE, shared), device.deliver(HASTE, shared));
+            }
+        }
+    }
+}
+
+impl<IO> std::fmt::Debug for Splice<IO> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Splice").finish_non_exhaustive()
+    }
+}
