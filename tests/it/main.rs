@@ -3,6 +3,7 @@
 
 mod api;
 mod cli;
+mod conformance;
 mod credentials;
 mod demo;
 mod docs;
@@ -12,13 +13,16 @@ mod frames;
 mod fuzz_seeds;
 mod half_close;
 mod handshake;
+mod idle;
 mod legs;
 mod lifecycle;
 mod limits;
 mod python;
 mod rendezvous;
+mod soak;
 mod splice;
 mod ssh;
+mod stalled;
 mod strangers;
 mod tickets;
 mod tls;

@@ -13,13 +13,18 @@
 )]
 
 mod api;
+mod flow;
 mod frame;
 mod leg;
 mod link;
 mod metrics;
 mod midspan;
+mod opener;
 mod process;
+mod random;
 mod relay;
+mod resources;
+mod socket;
 mod wire;
 
 use std::{
@@ -28,14 +33,19 @@ use std::{
 };
 
 pub use api::{Answer, ServiceApi};
+pub use flow::{FlowLeg, FlowReader, FlowWriter, Incoming};
 pub use frame::Frame;
 pub use leg::{Joined, Leg, RawLeg};
 pub use link::{Bye, DeviceLink};
 pub use metrics::Metrics;
 pub use midspan::Midspan;
 use midspan_core::time::UnixTime;
+pub use opener::Opener;
 pub use process::{Process, binary};
+pub use random::{Message, Random, Script};
 pub use relay::{Handshake, Relay, admin, listening};
+pub use resources::need_files;
+pub use socket::{Dial, Socket};
 pub use wire::{Io, Target, Upgraded, trusting};
 
 /// How long anything may take that should happen at once, on a machine that is busy.
