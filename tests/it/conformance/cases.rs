@@ -515,7 +515,7 @@ fn invalid_utf8() -> Vec<Case> {
         b"\xed\xaf\xbf\xed\xb0\x80",
         b"\xed\xaf\xbf\xed\xbf\xbf",
         // Other encodings.
-        b"caf\xe9",
+        b"th\xe9",
         b"\x93quoted\x94",
         b"\xfe\xff\x00H\x00i",
         b"\xff\xfeH\x00i\x00",
