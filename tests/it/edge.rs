@@ -13,7 +13,7 @@ use midspan_core::{
     time::UnixTime,
     trace::TraceParent,
 };
-use midspan_edge::{Edge, EdgeParts, EdgeSettings};
+use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
 use midspan_platform::{
     activity::ActivityLog,
     clock,
@@ -94,6 +94,7 @@ impl Relay {
             metrics,
             rendezvous: Arc::clone(&rendezvous) as _,
             activity,
+            threads: DataThreads::current(),
         });
         let answers = handler(move |request| std::future::ready(edge.handle(request)));
         let relay = Self { lifecycle, rendezvous, keys, answers, owner };

@@ -119,7 +119,7 @@ async fn splice(
 
 fn limits() -> Limits {
     let long = Duration::from_secs(3600);
-    Limits { ping: long, silence: long, idle: long, stall: long, close: long }
+    Limits { ping: long, silence: long, idle: long, stall: long, close: long, expiry: None }
 }
 
 pub(crate) fn plan() -> impl Strategy<Value = Plan> {

@@ -11,20 +11,22 @@ use midspan_platform::{
     activity::{ActivityLog, Subject},
     clock,
     lifecycle::Lifecycle,
+    listener::Connection,
     metrics::{Counted, Metrics},
     owners::{OwnerUnreachable, Owners},
     rendezvous::{EdgeLease, Rendezvous},
     secrets::Secrets,
 };
-use tokio::time::timeout;
-use tracing::{error, info, info_span, warn};
+use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
+use tracing::{Span, error, info, info_span, warn};
 
 use crate::{
-    EdgeSettings,
+    DataThreads, EdgeSettings,
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     pairing::{End, Next, Pairing, Place, StreamFacts},
-    splice::{self, Splice},
+    splice::{self, Ending, Splice},
+    threads::Seat,
     vitals::Limits,
 };
 
@@ -39,6 +41,7 @@ pub struct Edge {
     splices: splice::Shared,
     rendezvous: Arc<dyn Rendezvous>,
     activity: ActivityLog,
+    threads: DataThreads,
 }
 
 /// What an edge is made of.
@@ -58,6 +61,16 @@ pub struct EdgeParts {
     pub rendezvous: Arc<dyn Rendezvous>,
     /// Where ends are recorded.
     pub activity: ActivityLog,
+    /// Where joined streams run.
+    pub threads: DataThreads,
+}
+
+/// A stream whose legs are both there.
+struct Joined {
+    place: Place,
+    /// Ends once the store knows.
+    announced: JoinHandle<()>,
+    _counted: Counted,
 }
 
 /// How long a ticket is taken after its time, and so how long an ended stream must be remembered.
@@ -102,11 +115,13 @@ impl Edge {
             pairing: Arc::default(),
             rendezvous: parts.rendezvous,
             activity: parts.activity,
+            threads: parts.threads,
         });
         let span = info_span!("edge", edge = edge.owner.name);
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).keep_lease());
-        edge.lifecycle.spawn(span, Arc::clone(&edge).watch_deny_list());
+        edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).watch_deny_list());
+        edge.lifecycle.spawn(span, Arc::clone(&edge).watch_stop());
         edge
     }
 
@@ -155,8 +170,8 @@ impl Edge {
         deny.has_device(address) || deny.has_service(credential)
     }
 
-    /// Keeps one leg from its upgrade to its end; the leg that came first also carries the stream.
-    pub(crate) async fn run_leg(&self, mut place: Place, leg: Result<Leg, &'static str>) {
+    /// Keeps one leg from its upgrade until both are there, or it ends.
+    pub(crate) async fn run_leg(self: Arc<Self>, mut place: Place, leg: Result<Leg, &'static str>) {
         let leg = match leg {
             Ok(leg) => leg,
             Err(error) => return error!(error, "leg cannot be used"),
@@ -167,7 +182,7 @@ impl Edge {
             Next::Wait(leg, other) => {
                 let stopped = self.lifecycle.stopped();
                 match leg::wait(leg, other, &mut place, self.settings.leg_ping, stopped).await {
-                    Waited::Joined(first, second) => Box::pin(self.run_stream(place, first, second)).await,
+                    Waited::Joined(first, second) => self.join(place, first, second),
                     Waited::Ended(leg, reason) => {
                         leg::dismiss(leg, reason).await;
                         place.told();
@@ -179,49 +194,104 @@ impl Edge {
                             self.report(&facts, unused(reason)).await;
                         }
                         leg::dismiss(leg, reason).await;
+                        place.told();
                     }
                 }
             }
         }
     }
 
-    async fn run_stream(&self, mut place: Place, first: Leg, second: Leg) {
-        let facts = Arc::clone(&place.facts);
+    /// Gives a stream whose legs are both there a task of its own on one of the data threads.
+    fn join(self: Arc<Self>, place: Place, first: Leg, second: Leg) {
+        let facts = &place.facts;
+        info!(device.id = %facts.address, stream.name = %facts.name, "stream joined");
+        let joined = Joined {
+            _counted: Counted::new(&self.metrics.joined),
+            announced: self.lifecycle.spawn(Span::current(), Arc::clone(&self).announce(facts.stream)),
+            place,
+        };
         let (service, device) = match first.role {
             Role::Service => (first, second),
             Role::Device => (second, first),
         };
-        let counted = Counted::new(&self.metrics.joined);
-        info!(device.id = %facts.address, stream.name = %facts.name, "stream joined");
-        let limits = Limits {
+        let edge = Arc::clone(&self);
+        let (runtime, seat) = edge.threads.seat();
+        edge.lifecycle.spawn_on(runtime, async move {
+            let legs = [service.counted, device.counted];
+            let stream = match (service.io.rehome(), device.io.rehome()) {
+                (Ok(service_io), Ok(device_io)) => {
+                    let early = [service.early, device.early];
+                    Splice::new(service_io, device_io, early, self.splices.clone())
+                }
+                (Err(error), _) | (_, Err(error)) => return self.break_off(joined, &error).await,
+            };
+            // Spawned afresh: a task keeps the size of all that it ever held.
+            let lifecycle = self.lifecycle.clone();
+            lifecycle.spawn_on(&Handle::current(), self.run_stream(joined, stream, (legs, seat)));
+        });
+    }
+
+    async fn announce(self: Arc<Self>, stream: StreamId) {
+        self.advance(stream, StreamState::Joined { joined: clock::unix() }).await;
+    }
+
+    async fn run_stream(
+        self: Arc<Self>,
+        joined: Joined,
+        mut stream: Splice<Connection>,
+        held: ([Counted; 2], Seat),
+    ) {
+        let limits = self.limits(&joined.place.facts);
+        if self.lifecycle.stopped().is_cancelled() {
+            self.pairing.end(joined.place.facts.stream, CloseReason::Draining, clock::now(), clock::now());
+        }
+        let ending = stream.run(limits, joined.place.ended()).await;
+        Box::pin(self.conclude(joined, stream, ending, limits, held)).await;
+    }
+
+    /// The end is known and its room free at once; that the legs hear of it may take a while.
+    async fn conclude(
+        self: Arc<Self>,
+        joined: Joined,
+        stream: Splice<Connection>,
+        ending: Ending,
+        limits: Limits,
+        held: ([Counted; 2], Seat),
+    ) {
+        let Joined { place, announced, _counted: counted } = joined;
+        let reason = place.conclude(ending.reason());
+        let (bytes_to_device, bytes_to_service) = stream.payload();
+        let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
+        drop(counted);
+        let report = async {
+            // It bounds itself in time, and fails only with the whole process.
+            let _ = announced.await;
+            self.report(&place.facts, end).await;
+        };
+        tokio::join!(stream.finish(ending, limits), report);
+        drop(held);
+        place.told();
+    }
+
+    /// Ends a stream whose connections cannot be used.
+    async fn break_off(self: Arc<Self>, joined: Joined, error: &std::io::Error) {
+        error!(stream.id = %joined.place.facts.stream, %error, "the legs of a stream cannot be used");
+        let reason = joined.place.conclude(CloseReason::RelayFailed);
+        let _ = joined.announced.await;
+        self.report(&joined.place.facts, unused(reason)).await;
+        joined.place.told();
+    }
+
+    fn limits(&self, facts: &StreamFacts) -> Limits {
+        let left = facts.credential_expires.plus(LEEWAY).since(clock::unix());
+        Limits {
             ping: self.settings.leg_ping,
             silence: self.settings.leg_silence,
             idle: self.settings.idle_limit,
             stall: self.settings.stall_limit,
             close: self.settings.close_limit,
-        };
-        let expires_in = facts.credential_expires.plus(LEEWAY).since(clock::unix());
-        let legs_counted = [service.counted, device.counted];
-        let end = async {
-            tokio::select! {
-                reason = place.ended() => reason,
-                () = tokio::time::sleep(expires_in) => CloseReason::CredentialExpired,
-                () = self.lifecycle.stopped().cancelled() => CloseReason::Draining,
-            }
-        };
-        let mut stream =
-            Splice::new(service.io, device.io, [service.early, device.early], self.splices.clone());
-        let announce = self.advance(facts.stream, StreamState::Joined { joined: clock::unix() });
-        let (ending, _) = tokio::join!(stream.run(limits, end), announce);
-
-        // The end is known and its room free at once; that the legs hear of it may take a while.
-        let reason = place.conclude(ending.reason());
-        let (bytes_to_device, bytes_to_service) = stream.payload();
-        let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
-        drop(counted);
-        tokio::join!(stream.finish(ending, limits), self.report(&facts, end));
-        drop(legs_counted);
-        place.told();
+            expiry: clock::now().checked_add(left),
+        }
     }
 
     /// Logs, counts and records the end of a stream. To be called once for each.
@@ -232,7 +302,7 @@ impl Edge {
             ($level:ident) => {
                 $level!(
                     stream.id = %facts.stream, device.id = %facts.address, stream.name = %facts.name,
-                    credential = facts.credential, reason = row.label, fault = ?row.side,
+                    trace.id = facts.trace.trace_id(), credential = facts.credential, reason = row.label, fault = ?row.side,
                     bytes_to_device = end.bytes_to_device, bytes_to_service = end.bytes_to_service,
                     "stream ended: {}", row.text
                 )
@@ -316,6 +386,14 @@ impl Edge {
                 live.iter().filter(denied).map(|facts| self.end_stream(facts.stream, CloseReason::Revoked));
             futures_util::future::join_all(ends).await;
         }
+    }
+
+    /// Ends everything at once when the process stops. A stream that is joined later sees for itself that it has.
+    async fn watch_stop(self: Arc<Self>) {
+        self.lifecycle.stopped().cancelled().await;
+        let live = self.pairing.live();
+        let ends = live.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
+        futures_util::future::join_all(ends).await;
     }
 
     async fn stopped_within(&self, time: Duration) -> bool {

@@ -1,7 +1,8 @@
 //! The streaming edge: where the two legs of a stream meet.
 //!
 //! The path of a leg is the list of modules: `upgrade` checks the ticket and opens the WebSocket, `pairing` knows which
-//! legs are there, `leg` keeps the first one waiting, `splice` moves the bytes, and the end is reported once.
+//! legs are there, `leg` keeps the first one waiting, `threads` gives the joined stream a thread, `splice` moves the bytes,
+//! and the end is reported once.
 
 mod edge;
 pub mod leg;
@@ -9,8 +10,10 @@ mod metrics;
 pub mod pairing;
 mod settings;
 pub mod splice;
+mod threads;
 mod upgrade;
 mod vitals;
 
 pub use edge::{Edge, EdgeParts};
 pub use settings::EdgeSettings;
+pub use threads::DataThreads;

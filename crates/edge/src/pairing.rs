@@ -12,8 +12,9 @@ use midspan_core::{
     session::{AttachError, Ready, Session, SessionState},
     ticket::Ticket,
     time::UnixTime,
+    trace::TraceParent,
 };
-use tokio::sync::{oneshot, watch};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 
 use crate::leg::Leg;
@@ -50,6 +51,8 @@ pub struct StreamFacts {
     pub credential: String,
     /// When that credential ends.
     pub credential_expires: UnixTime,
+    /// What its traces are found by.
+    pub trace: TraceParent,
     /// When the first leg came.
     pub first_leg: Instant,
     /// Cancelled once its end has been logged, counted and recorded.
@@ -62,7 +65,8 @@ struct Entry {
     /// Absent for a stream that ended before any leg came.
     facts: Option<Arc<StreamFacts>>,
     waiting: Option<oneshot::Sender<Leg>>,
-    end: watch::Sender<Option<CloseReason>>,
+    /// Cancelled once somebody outside ends the stream; the session knows why.
+    end: CancellationToken,
     told: CancellationToken,
     forget_at: Instant,
 }
@@ -75,7 +79,7 @@ pub struct Place {
     /// The leg's role.
     pub role: Role,
     pairing: Arc<Pairing>,
-    end: watch::Receiver<Option<CloseReason>>,
+    end: CancellationToken,
     told: CancellationToken,
     left: bool,
 }
@@ -126,6 +130,7 @@ impl Pairing {
                 name: ticket.name.clone(),
                 credential: ticket.credential.clone(),
                 credential_expires: ticket.credential_expires,
+                trace: ticket.trace,
                 first_leg: now,
                 reported: CancellationToken::new(),
             })
@@ -134,7 +139,7 @@ impl Pairing {
             facts,
             role: ticket.role,
             pairing: Arc::clone(self),
-            end: entry.end.subscribe(),
+            end: entry.end.clone(),
             told: entry.told.clone(),
             left: false,
         }))
@@ -153,7 +158,7 @@ impl Pairing {
         if !new {
             return End::Already(entry.facts.as_ref().map(|facts| facts.reported.clone()));
         }
-        entry.end.send_replace(Some(reason));
+        entry.end.cancel();
         let end = match &entry.facts {
             _ if joined => End::BySplice(entry.told.clone()),
             Some(facts) => End::Here(Arc::clone(facts), entry.waiting.as_ref().map(|_| entry.told.clone())),
@@ -211,7 +216,7 @@ impl Entry {
     /// Ends the handshake if it is over its time: waiting legs are told, and the end is put aside to be reported.
     fn expire(&mut self, now: Instant, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
         if let Some(reason) = self.session.tick(now) {
-            self.end.send_replace(Some(reason));
+            self.end.cancel();
             late.extend(self.facts.clone().map(|facts| (facts, reason)));
             *live -= 1;
         }
@@ -228,7 +233,7 @@ impl Entry {
             session: Session::new(deadline),
             facts: None,
             waiting: None,
-            end: watch::channel(None).0,
+            end: CancellationToken::new(),
             told: CancellationToken::new(),
             forget_at,
         }
@@ -302,11 +307,13 @@ impl Place {
     }
 
     /// Waits until somebody ends the stream from outside.
-    pub async fn ended(&mut self) -> CloseReason {
-        match self.end.wait_for(Option::is_some).await.map(|reason| *reason) {
-            Ok(Some(reason)) => reason,
-            // The entry is gone, so the stream is over; `ready` and `conclude` know why.
-            _ => std::future::pending().await,
+    pub async fn ended(&self) -> CloseReason {
+        self.end.cancelled().await;
+        let streams = self.pairing.streams();
+        match streams.entry_by_stream.get(&self.facts.stream).map(|entry| entry.session.state()) {
+            Some(SessionState::Ended(reason)) => reason,
+            // Only what has ended is ended from outside, and it is remembered for longer than this takes.
+            _ => CloseReason::RelayFailed,
         }
     }
 }
@@ -361,7 +368,7 @@ mod tests {
     #[tokio::test]
     async fn a_leg_that_comes_behind_the_deadline_does_not_hide_that_the_other_one_waited_in_vain() {
         let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
-        let mut waiting = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
+        let waiting = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
         assert!(matches!(waiting.ready(leg(Role::Service), now), Next::Wait(..)));
         let late = attach(&pairing, 1, Role::Device, now + HOUR, 10).unwrap();
         assert_eq!(late.unwrap_err(), AttachError::Ended(CloseReason::DeviceLegMissing));

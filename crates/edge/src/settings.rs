@@ -12,6 +12,9 @@ pub struct EdgeSettings {
     /// Streams at a time, half-open ones included
     #[arg(long, env = "MIDSPAN_MAX_STREAMS", default_value_t = 8000, value_name = "N")]
     pub max_streams: usize,
+    /// Threads that move the bytes of streams; 0 for one a core
+    #[arg(long, env = "MIDSPAN_DATA_THREADS", default_value_t = 0, value_name = "N")]
+    pub data_threads: usize,
     /// Memory for streams whose reader takes less than comes, all together, in MiB; near it, reads become small
     #[arg(long, env = "MIDSPAN_MAX_BUFFERED_MIB", default_value_t = 64, value_name = "MIB")]
     pub max_buffered_mib: usize,

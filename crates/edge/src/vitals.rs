@@ -17,13 +17,16 @@ pub struct Limits {
     pub stall: Duration,
     /// At a clean end, a leg that takes no byte for this long loses the rest.
     pub close: Duration,
+    /// When the credential behind the stream is past use; `None` if that is out of sight.
+    pub expiry: Option<Instant>,
 }
 
 impl Limits {
-    /// How often [`Vitals::tick`] should be called.
-    pub(crate) fn tick(&self) -> Duration {
+    /// When [`Vitals::tick`] should be called next.
+    pub(crate) fn next_tick(&self, now: Instant) -> Instant {
         let shortest = self.ping.min(self.silence).min(self.idle).min(self.stall);
-        (shortest / 4).clamp(Duration::from_millis(10), Duration::from_secs(5))
+        let tick = now + (shortest / 4).clamp(Duration::from_millis(10), Duration::from_secs(5));
+        self.expiry.map_or(tick, |expiry| tick.min(expiry))
     }
 }
 
@@ -113,6 +116,9 @@ impl Vitals {
                 verdict.ping[index] = true;
             }
         }
+        if self.limits.expiry.is_some_and(|expiry| now >= expiry) {
+            verdict.end = Some(CloseReason::CredentialExpired);
+        }
         if now.saturating_duration_since(self.payload) >= self.limits.idle {
             verdict.end = verdict.end.or(Some(CloseReason::Idle));
         }
@@ -199,6 +205,18 @@ mod tests {
         assert_eq!(vitals.tick(start + hour * 3 / 2, [HEARD, HEARD]).end, Some(CloseReason::Idle));
     }
 
+    #[test]
+    fn a_stream_ends_with_its_credential() {
+        let (vitals, start) = vitals();
+        let expiry = start + Duration::from_secs(7);
+        let limits = Limits { expiry: Some(expiry), ..vitals.limits };
+        assert_eq!(limits.next_tick(start), start + Duration::from_secs(5));
+        assert_eq!(limits.next_tick(start + Duration::from_secs(5)), expiry);
+        let mut vitals = Vitals::new(limits, start);
+        assert_eq!(vitals.tick(start + Duration::from_millis(6999), [HEARD, HEARD]).end, None);
+        assert_eq!(vitals.tick(expiry, [HEARD, HEARD]).end, Some(CloseReason::CredentialExpired));
+    }
+
     fn vitals() -> (Vitals, Instant) {
         let limits = Limits {
             ping: Duration::from_secs(25),
@@ -206,6 +224,7 @@ mod tests {
             idle: Duration::from_secs(3600),
             stall: Duration::from_secs(900),
             close: Duration::from_secs(60),
+            expiry: None,
         };
         let now = midspan_platform::clock::now();
         (Vitals::new(limits, now), now)

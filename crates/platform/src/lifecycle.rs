@@ -14,7 +14,11 @@ use std::{
     },
 };
 
-use tokio::signal::unix::{SignalKind, signal};
+use tokio::{
+    runtime::Handle,
+    signal::unix::{SignalKind, signal},
+    task::JoinHandle,
+};
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span, info};
 
@@ -37,11 +41,19 @@ impl Lifecycle {
     }
 
     /// Runs a task that belongs to the process and is waited for at its end.
-    pub fn spawn<F>(&self, span: Span, task: F)
+    pub fn spawn<F>(&self, span: Span, task: F) -> JoinHandle<()>
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.tasks.spawn(task.instrument(span));
+        self.tasks.spawn(task.instrument(span))
+    }
+
+    /// Does the same on another runtime. The task is in no span, which would cost a stream more than its own state.
+    pub fn spawn_on<F>(&self, runtime: &Handle, task: F)
+    where
+        F: Future<Output = ()> + Send + 'static,
+    {
+        self.tasks.spawn_on(task, runtime);
     }
 
     /// Runs a task that writes down what the others do, and so ends after them, once [`Lifecycle::silent`] says so.

@@ -311,6 +311,17 @@ impl Connection {
         Self { transport: Transport::Memory(stream), _held: None }
     }
 
+    /// Moves it to the runtime of the caller, whose thread waits for it from here on.
+    pub fn rehome(self) -> io::Result<Self> {
+        let Self { transport, _held: held } = self;
+        let transport = match transport {
+            Transport::Tcp(stream) => Transport::Tcp(rehome(stream)?),
+            Transport::Tls(stream) => Transport::Tls(Box::new(stream.try_map_socket(rehome)?)),
+            Transport::Memory(stream) => Transport::Memory(stream),
+        };
+        Ok(Self { transport, _held: held })
+    }
+
     /// How many bytes it keeps of what was written to it.
     pub fn backlog(&self) -> usize {
         match &self.transport {
@@ -343,6 +354,10 @@ impl Connection {
             Transport::Memory(stream) => Pin::new(stream),
         }
     }
+}
+
+fn rehome(stream: TcpStream) -> io::Result<TcpStream> {
+    TcpStream::from_std(stream.into_std()?)
 }
 
 trait Io: AsyncRead + AsyncWrite + Unpin {}

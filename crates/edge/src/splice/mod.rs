@@ -20,6 +20,7 @@ use midspan_core::{
     id::Role,
 };
 use midspan_platform::clock;
+use tokio::time::sleep_until;
 
 pub use self::{half::Pipe, shared::Shared};
 use self::{
@@ -99,13 +100,13 @@ impl<IO: Pipe> Splice<IO> {
     async fn flow(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Cause {
         let mut vitals = Vitals::new(limits, clock::now());
         let mut end = pin!(end);
-        let mut ticks = tokio::time::interval(limits.tick());
-        ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut tick = pin!(sleep_until(limits.next_tick(clock::now()).into()));
         loop {
             tokio::select! {
                 biased;
                 reason = &mut end => return Cause::Told(reason),
-                _ = ticks.tick() => {
+                () = &mut tick => {
+                    tick.as_mut().reset(limits.next_tick(clock::now()).into());
                     let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
                     let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
                     let verdict = vitals.tick(clock::now(), seen);

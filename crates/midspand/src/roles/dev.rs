@@ -2,13 +2,14 @@
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
+use anyhow::Context as _;
 use clap::Args;
 use midspan_control::{Control, ControlParts, ControlSettings};
 use midspan_core::{
     id::{DeviceAddress, Incarnation},
     ticket::Owner,
 };
-use midspan_edge::{Edge, EdgeParts, EdgeSettings};
+use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
 use midspan_platform::{
     clock, http::handler, listener::Listener, owners::Owners, rendezvous::MemoryRendezvous,
     telemetry::LogSettings,
@@ -75,6 +76,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         address: String::new(),
     };
     let rendezvous = Arc::new(MemoryRendezvous::new());
+    let threads = DataThreads::start(edge_settings.data_threads).context("the data threads do not start")?;
     let edge = Edge::start(EdgeParts {
         settings: edge_settings,
         owner,
@@ -83,6 +85,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         metrics: process.metrics.clone(),
         rendezvous: Arc::clone(&rendezvous) as _,
         activity: process.activity.clone(),
+        threads,
     });
     let control = Control::start(ControlParts {
         credentials: server.secrets.credentials(credentials, &process.lifecycle).await?,

@@ -2,9 +2,10 @@
 
 use std::{net::SocketAddr, sync::Arc};
 
+use anyhow::Context as _;
 use clap::Args;
 use midspan_core::{id::Incarnation, ticket::Owner};
-use midspan_edge::{Edge, EdgeParts, EdgeSettings};
+use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
 use midspan_platform::{
     clock, http::handler, listener::Listener, rendezvous::MemoryRendezvous, telemetry::LogSettings,
 };
@@ -38,6 +39,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         incarnation: Incarnation::from_random(clock::random()),
         address: String::new(),
     };
+    let threads = DataThreads::start(settings.data_threads).context("the data threads do not start")?;
     let edge = Edge::start(EdgeParts {
         settings,
         owner,
@@ -46,6 +48,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         metrics: process.metrics.clone(),
         rendezvous: Arc::new(MemoryRendezvous::new()),
         activity: process.activity.clone(),
+        threads,
     });
     let legs = Arc::clone(&edge);
     let answers = handler(move |request| std::future::ready(legs.handle(request)));

@@ -97,6 +97,22 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         Ok(stream)
     }
 
+    /// Puts something else below.
+    pub fn try_map_socket<T>(self, map: impl FnOnce(S) -> io::Result<T>) -> io::Result<TlsStream<T>> {
+        Ok(TlsStream {
+            socket: map(self.socket)?,
+            session: self.session,
+            incoming: self.incoming,
+            opened: self.opened,
+            outgoing: self.outgoing,
+            written: self.written,
+            answers: self.answers,
+            established: self.established,
+            peer_closed: self.peer_closed,
+            closed: self.closed,
+        })
+    }
+
     /// What is below.
     pub fn socket(&self) -> &S {
         &self.socket

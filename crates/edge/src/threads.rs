@@ -1,0 +1,93 @@
+//! The threads that move bytes. Each has a runtime of its own, and a joined stream stays on one of them.
+//!
+//! So whoever wakes a stream is the thread that runs it: no other thread is woken for it, and what it reads and writes
+//! stays in one core's caches.
+
+use std::{io, sync::Arc, thread};
+
+use tokio::{
+    runtime::{Builder, Handle},
+    sync::oneshot,
+};
+
+/// Where joined streams run: at least one thread.
+#[derive(Debug)]
+pub struct DataThreads {
+    first: DataThread,
+    others: Vec<DataThread>,
+}
+
+#[derive(Debug)]
+struct DataThread {
+    runtime: Handle,
+    /// Each of its streams has a clone.
+    streams: Arc<()>,
+    /// Dropped to end the thread.
+    _stop: Option<oneshot::Sender<()>>,
+}
+
+/// A stream's seat on one of the threads, until it is dropped.
+#[derive(Debug)]
+pub(crate) struct Seat(#[expect(dead_code, reason = "counts by being there")] Arc<()>);
+
+impl DataThreads {
+    /// Starts `count` threads, which end when this is dropped. 0 means one for each core.
+    pub fn start(count: usize) -> io::Result<Self> {
+        let count = match count {
+            0 => thread::available_parallelism().map_or(1, usize::from),
+            count => count,
+        };
+        let others = (1..count).map(DataThread::start).collect::<io::Result<_>>()?;
+        Ok(Self { first: DataThread::start(0)?, others })
+    }
+
+    /// Streams run where the caller does.
+    pub fn current() -> Self {
+        let first = DataThread { runtime: Handle::current(), streams: Arc::new(()), _stop: None };
+        Self { first, others: Vec::new() }
+    }
+
+    /// A seat on the thread that has the fewest streams.
+    pub(crate) fn seat(&self) -> (&Handle, Seat) {
+        let least = self.others.iter().fold(&self.first, |least, thread| {
+            if thread.streams() < least.streams() { thread } else { least }
+        });
+        (&least.runtime, Seat(Arc::clone(&least.streams)))
+    }
+}
+
+impl DataThread {
+    fn start(number: usize) -> io::Result<Self> {
+        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let handle = runtime.handle().clone();
+        let (stop, stopped) = oneshot::channel::<()>();
+        thread::Builder::new().name(format!("midspan-data-{number}")).spawn(move || {
+            // The error says that the sender was dropped, which is what is waited for.
+            let _ = runtime.block_on(stopped);
+            runtime.shutdown_background();
+        })?;
+        Ok(Self { runtime: handle, streams: Arc::new(()), _stop: Some(stop) })
+    }
+
+    fn streams(&self) -> usize {
+        Arc::strong_count(&self.streams) - 1
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn streams_are_spread_over_the_threads() {
+        let threads = DataThreads::start(2).unwrap();
+        let mut seats: Vec<_> = (0..4).map(|_| threads.seat().1).collect();
+        let counts = || [threads.first.streams(), threads.others[0].streams()];
+        assert_eq!(counts(), [2, 2]);
+        seats.truncate(1);
+        assert_eq!(counts(), [1, 0]);
+        let (runtime, _seat) = threads.seat();
+        let name = runtime.spawn(async { thread::current().name().map(str::to_owned) }).await.unwrap();
+        assert_eq!(name.as_deref(), Some("midspan-data-1"));
+    }
+}
