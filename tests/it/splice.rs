@@ -1,6 +1,6 @@
 //! The splice on its own, over connections in memory: whatever the sizes and the moments, no byte is lost, repeated or moved.
 
-use std::time::Duration;
+use std::{pin::pin, sync::Arc, time::Duration};
 
 use bytes::Bytes;
 use midspan_core::{close::CloseReason, id::Role};
@@ -110,16 +110,16 @@ async fn splice(
     end: impl Future<Output = CloseReason>,
 ) -> Spliced {
     let shared = Shared::new(BUFFERED, &Metrics::new());
-    let mut stream = Splice::new(service, device, early, shared);
-    let ending = stream.run(limits, end).await;
+    let mut stream = Splice::new(service, device, early, shared, Arc::new(limits), None);
+    let ending = stream.run(pin!(end)).await;
     let spliced = Spliced { reason: ending.reason(), bytes_to_device: stream.payload().0 };
-    stream.finish(ending, limits).await;
+    stream.finish(ending).await;
     spliced
 }
 
 fn limits() -> Limits {
     let long = Duration::from_secs(3600);
-    Limits { ping: long, silence: long, idle: long, stall: long, close: long, expiry: None }
+    Limits { ping: long, silence: long, idle: long, stall: long, close: long }
 }
 
 pub(crate) fn plan() -> impl Strategy<Value = Plan> {

@@ -1,4 +1,4 @@
-use std::{sync::Arc, time::Duration};
+use std::{future::poll_fn, pin::pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use midspan_core::{
@@ -17,13 +17,14 @@ use midspan_platform::{
     rendezvous::{EdgeLease, Rendezvous},
     secrets::Secrets,
 };
-use tokio::{runtime::Handle, task::JoinHandle, time::timeout};
+use tokio::{runtime::Handle, time::timeout};
 use tracing::{Span, error, info, info_span, warn};
 
 use crate::{
     DataThreads, EdgeSettings,
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
+    milestones::Milestone,
     pairing::{End, Next, Pairing, Place, StreamFacts},
     splice::{self, Ending, Splice},
     threads::Seat,
@@ -39,6 +40,7 @@ pub struct Edge {
     pub(crate) metrics: EdgeMetrics,
     pub(crate) pairing: Arc<Pairing>,
     splices: splice::Shared,
+    limits: Arc<Limits>,
     rendezvous: Arc<dyn Rendezvous>,
     activity: ActivityLog,
     threads: DataThreads,
@@ -68,8 +70,6 @@ pub struct EdgeParts {
 /// A stream whose legs are both there.
 struct Joined {
     place: Place,
-    /// Ends once the store knows.
-    announced: JoinHandle<()>,
     _counted: Counted,
 }
 
@@ -107,6 +107,13 @@ impl Edge {
         );
         let edge = Arc::new(Self {
             splices: splice::Shared::new(parts.settings.max_buffered_mib * MIB, &parts.metrics),
+            limits: Arc::new(Limits {
+                ping: parts.settings.leg_ping,
+                silence: parts.settings.leg_silence,
+                idle: parts.settings.idle_limit,
+                stall: parts.settings.stall_limit,
+                close: parts.settings.close_limit,
+            }),
             settings: parts.settings,
             owner: parts.owner,
             secrets: parts.secrets,
@@ -152,16 +159,16 @@ impl Edge {
     pub(crate) async fn end_stream(&self, stream: StreamId, reason: CloseReason) {
         let now = clock::now();
         let done = match self.pairing.end(stream, reason, now, now + UNSEEN) {
-            End::BySplice(told) => Some(told),
-            End::Here(facts, told) => {
+            End::BySplice(facts) => Some((facts, Milestone::Told)),
+            End::Here { facts, waiting } => {
                 self.report(&facts, unused(reason)).await;
-                told
+                waiting.then_some((facts, Milestone::Told))
             }
-            End::Already(reported) => reported,
+            End::Already(facts) => facts.map(|facts| (facts, Milestone::Reported)),
             End::Unseen => None,
         };
-        if let Some(done) = done {
-            let _ = timeout(END_LIMIT, done.cancelled()).await;
+        if let Some((facts, milestone)) = done {
+            let _ = timeout(END_LIMIT, facts.milestones.wait_for(milestone)).await;
         }
     }
 
@@ -190,7 +197,9 @@ impl Edge {
                     Waited::Gone => info!("leg went away before the other one came"),
                     Waited::Stopped(leg) => {
                         let (now, reason) = (clock::now(), CloseReason::Draining);
-                        if let End::Here(facts, _) = self.pairing.end(place.facts.stream, reason, now, now) {
+                        if let End::Here { facts, .. } =
+                            self.pairing.end(place.facts.stream, reason, now, now)
+                        {
                             self.report(&facts, unused(reason)).await;
                         }
                         leg::dismiss(leg, reason).await;
@@ -205,11 +214,8 @@ impl Edge {
     fn join(self: Arc<Self>, place: Place, first: Leg, second: Leg) {
         let facts = &place.facts;
         info!(device.id = %facts.address, stream.name = %facts.name, "stream joined");
-        let joined = Joined {
-            _counted: Counted::new(&self.metrics.joined),
-            announced: self.lifecycle.spawn(Span::current(), Arc::clone(&self).announce(facts.stream)),
-            place,
-        };
+        let joined = Joined { _counted: Counted::new(&self.metrics.joined), place };
+        self.lifecycle.spawn(Span::current(), Arc::clone(&self).announce(Arc::clone(&joined.place.facts)));
         let (service, device) = match first.role {
             Role::Service => (first, second),
             Role::Device => (second, first),
@@ -221,7 +227,10 @@ impl Edge {
             let stream = match (service.io.rehome(), device.io.rehome()) {
                 (Ok(service_io), Ok(device_io)) => {
                     let early = [service.early, device.early];
-                    Splice::new(service_io, device_io, early, self.splices.clone())
+                    let (splices, limits) = (self.splices.clone(), Arc::clone(&self.limits));
+                    let left = joined.place.facts.credential_expires.plus(LEEWAY).since(clock::unix());
+                    let expiry = clock::now().checked_add(left);
+                    Splice::new(service_io, device_io, early, splices, limits, expiry)
                 }
                 (Err(error), _) | (_, Err(error)) => return self.break_off(joined, &error).await,
             };
@@ -231,22 +240,29 @@ impl Edge {
         });
     }
 
-    async fn announce(self: Arc<Self>, stream: StreamId) {
-        self.advance(stream, StreamState::Joined { joined: clock::unix() }).await;
+    async fn announce(self: Arc<Self>, facts: Arc<StreamFacts>) {
+        self.advance(facts.stream, StreamState::Joined { joined: clock::unix() }).await;
+        facts.milestones.reach(Milestone::Announced);
     }
 
-    async fn run_stream(
+    #[expect(
+        clippy::manual_async_fn,
+        reason = "there is one for each stream, and an async fn keeps its arguments twice"
+    )]
+    fn run_stream(
         self: Arc<Self>,
         joined: Joined,
         mut stream: Splice<Connection>,
         held: ([Counted; 2], Seat),
-    ) {
-        let limits = self.limits(&joined.place.facts);
-        if self.lifecycle.stopped().is_cancelled() {
-            self.pairing.end(joined.place.facts.stream, CloseReason::Draining, clock::now(), clock::now());
+    ) -> impl Future<Output = ()> + Send {
+        async move {
+            if self.lifecycle.stopped().is_cancelled() {
+                let (stream, now) = (joined.place.facts.stream, clock::now());
+                self.pairing.end(stream, CloseReason::Draining, now, now);
+            }
+            let ending = stream.run(pin!(poll_fn(|cx| joined.place.poll_ended(cx)))).await;
+            Box::pin(self.conclude(joined, stream, ending, held)).await;
         }
-        let ending = stream.run(limits, joined.place.ended()).await;
-        Box::pin(self.conclude(joined, stream, ending, limits, held)).await;
     }
 
     /// The end is known and its room free at once; that the legs hear of it may take a while.
@@ -255,20 +271,18 @@ impl Edge {
         joined: Joined,
         stream: Splice<Connection>,
         ending: Ending,
-        limits: Limits,
         held: ([Counted; 2], Seat),
     ) {
-        let Joined { place, announced, _counted: counted } = joined;
+        let Joined { place, _counted: counted } = joined;
         let reason = place.conclude(ending.reason());
         let (bytes_to_device, bytes_to_service) = stream.payload();
         let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
         drop(counted);
         let report = async {
-            // It bounds itself in time, and fails only with the whole process.
-            let _ = announced.await;
+            place.facts.milestones.wait_for(Milestone::Announced).await;
             self.report(&place.facts, end).await;
         };
-        tokio::join!(stream.finish(ending, limits), report);
+        tokio::join!(stream.finish(ending), report);
         drop(held);
         place.told();
     }
@@ -277,21 +291,9 @@ impl Edge {
     async fn break_off(self: Arc<Self>, joined: Joined, error: &std::io::Error) {
         error!(stream.id = %joined.place.facts.stream, %error, "the legs of a stream cannot be used");
         let reason = joined.place.conclude(CloseReason::RelayFailed);
-        let _ = joined.announced.await;
+        joined.place.facts.milestones.wait_for(Milestone::Announced).await;
         self.report(&joined.place.facts, unused(reason)).await;
         joined.place.told();
-    }
-
-    fn limits(&self, facts: &StreamFacts) -> Limits {
-        let left = facts.credential_expires.plus(LEEWAY).since(clock::unix());
-        Limits {
-            ping: self.settings.leg_ping,
-            silence: self.settings.leg_silence,
-            idle: self.settings.idle_limit,
-            stall: self.settings.stall_limit,
-            close: self.settings.close_limit,
-            expiry: clock::now().checked_add(left),
-        }
     }
 
     /// Logs, counts and records the end of a stream. To be called once for each.
@@ -325,7 +327,7 @@ impl Edge {
             credential: &facts.credential,
         };
         self.activity.end(&subject, &end, took);
-        facts.reported.cancel();
+        facts.milestones.reach(Milestone::Reported);
     }
 
     async fn advance(&self, stream: StreamId, next: StreamState) -> Option<StreamRecord> {

@@ -7,6 +7,7 @@
 mod edge;
 pub mod leg;
 mod metrics;
+mod milestones;
 pub mod pairing;
 mod settings;
 pub mod splice;

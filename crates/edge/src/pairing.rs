@@ -3,6 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll},
     time::Instant,
 };
 
@@ -15,9 +16,11 @@ use midspan_core::{
     trace::TraceParent,
 };
 use tokio::sync::oneshot;
-use tokio_util::sync::CancellationToken;
 
-use crate::leg::Leg;
+use crate::{
+    leg::Leg,
+    milestones::{Milestone, Milestones},
+};
 
 /// The streams that this edge owns: those with a leg, and those that ended while their tickets are still good.
 #[derive(Debug, Default)]
@@ -55,8 +58,8 @@ pub struct StreamFacts {
     pub trace: TraceParent,
     /// When the first leg came.
     pub first_leg: Instant,
-    /// Cancelled once its end has been logged, counted and recorded.
-    pub reported: CancellationToken,
+    /// How far it has come.
+    pub milestones: Milestones,
 }
 
 #[derive(Debug)]
@@ -65,9 +68,6 @@ struct Entry {
     /// Absent for a stream that ended before any leg came.
     facts: Option<Arc<StreamFacts>>,
     waiting: Option<oneshot::Sender<Leg>>,
-    /// Cancelled once somebody outside ends the stream; the session knows why.
-    end: CancellationToken,
-    told: CancellationToken,
     forget_at: Instant,
 }
 
@@ -79,8 +79,6 @@ pub struct Place {
     /// The leg's role.
     pub role: Role,
     pairing: Arc<Pairing>,
-    end: CancellationToken,
-    told: CancellationToken,
     left: bool,
 }
 
@@ -98,14 +96,19 @@ pub enum Next {
 /// What it took to end a stream.
 #[derive(Debug)]
 pub enum End {
-    /// It was joined: its splice ends it, and reports. The token is cancelled once its legs have been told.
-    BySplice(CancellationToken),
-    /// It was half open: the caller reports. The token, if there is one, is cancelled once the waiting leg has been told.
-    Here(Arc<StreamFacts>, Option<CancellationToken>),
+    /// It was joined: its splice ends it, tells both legs, and reports.
+    BySplice(Arc<StreamFacts>),
+    /// It was half open: the caller reports.
+    Here {
+        /// The stream.
+        facts: Arc<StreamFacts>,
+        /// Whether there is a leg that will be told.
+        waiting: bool,
+    },
     /// No leg had come. Legs that come later are refused.
     Unseen,
-    /// It had ended before. The token, if there is one, is cancelled once that has been reported.
-    Already(Option<CancellationToken>),
+    /// It had ended before, and that is or will be reported, if a leg had ever come.
+    Already(Option<Arc<StreamFacts>>),
 }
 
 impl Pairing {
@@ -132,15 +135,13 @@ impl Pairing {
                 credential_expires: ticket.credential_expires,
                 trace: ticket.trace,
                 first_leg: now,
-                reported: CancellationToken::new(),
+                milestones: Milestones::default(),
             })
         }));
         Some(entry.session.attach(ticket.role).map(|()| Place {
             facts,
             role: ticket.role,
             pairing: Arc::clone(self),
-            end: entry.end.clone(),
-            told: entry.told.clone(),
             left: false,
         }))
     }
@@ -155,17 +156,15 @@ impl Pairing {
         let entry = streams.entry(stream, now, || Entry::new(forget_at, forget_at));
         let joined = entry.session.state() == SessionState::Joined;
         let (_, new) = entry.session.end(reason);
+        let facts = entry.facts.clone();
         if !new {
-            return End::Already(entry.facts.as_ref().map(|facts| facts.reported.clone()));
+            return End::Already(facts);
         }
-        entry.end.cancel();
-        let end = match &entry.facts {
-            _ if joined => End::BySplice(entry.told.clone()),
-            Some(facts) => End::Here(Arc::clone(facts), entry.waiting.as_ref().map(|_| entry.told.clone())),
-            None => End::Unseen,
-        };
+        let waiting = entry.waiting.is_some();
         streams.live -= 1;
-        end
+        let Some(facts) = facts else { return End::Unseen };
+        facts.milestones.reach(Milestone::Ended);
+        if joined { End::BySplice(facts) } else { End::Here { facts, waiting } }
     }
 
     /// Lets time pass: gives the streams whose handshake is over its time, and forgets those that nobody can ask for.
@@ -216,8 +215,10 @@ impl Entry {
     /// Ends the handshake if it is over its time: waiting legs are told, and the end is put aside to be reported.
     fn expire(&mut self, now: Instant, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
         if let Some(reason) = self.session.tick(now) {
-            self.end.cancel();
-            late.extend(self.facts.clone().map(|facts| (facts, reason)));
+            if let Some(facts) = self.facts.clone() {
+                facts.milestones.reach(Milestone::Ended);
+                late.push((facts, reason));
+            }
             *live -= 1;
         }
     }
@@ -229,14 +230,7 @@ impl Entry {
 
 impl Entry {
     fn new(deadline: Instant, forget_at: Instant) -> Self {
-        Self {
-            session: Session::new(deadline),
-            facts: None,
-            waiting: None,
-            end: CancellationToken::new(),
-            told: CancellationToken::new(),
-            forget_at,
-        }
+        Self { session: Session::new(deadline), facts: None, waiting: None, forget_at }
     }
 }
 
@@ -303,12 +297,21 @@ impl Place {
 
     /// The legs have been told of the end.
     pub fn told(&self) {
-        self.told.cancel();
+        self.facts.milestones.reach(Milestone::Told);
     }
 
     /// Waits until somebody ends the stream from outside.
     pub async fn ended(&self) -> CloseReason {
-        self.end.cancelled().await;
+        self.facts.milestones.wait_for(Milestone::Ended).await;
+        self.reason()
+    }
+
+    /// The same for the splice, of which there is one.
+    pub fn poll_ended(&self, cx: &Context<'_>) -> Poll<CloseReason> {
+        self.facts.milestones.poll_ended(cx).map(|()| self.reason())
+    }
+
+    fn reason(&self) -> CloseReason {
         let streams = self.pairing.streams();
         match streams.entry_by_stream.get(&self.facts.stream).map(|entry| entry.session.state()) {
             Some(SessionState::Ended(reason)) => reason,

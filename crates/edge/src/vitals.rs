@@ -1,6 +1,9 @@
 //! When a leg is pinged, and when a stream is given up. Decides only; the splice acts.
 
-use std::time::{Duration, Instant};
+use std::{
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use midspan_core::{close::CloseReason, id::Role};
 
@@ -17,17 +20,6 @@ pub struct Limits {
     pub stall: Duration,
     /// At a clean end, a leg that takes no byte for this long loses the rest.
     pub close: Duration,
-    /// When the credential behind the stream is past use; `None` if that is out of sight.
-    pub expiry: Option<Instant>,
-}
-
-impl Limits {
-    /// When [`Vitals::tick`] should be called next.
-    pub(crate) fn next_tick(&self, now: Instant) -> Instant {
-        let shortest = self.ping.min(self.silence).min(self.idle).min(self.stall);
-        let tick = now + (shortest / 4).clamp(Duration::from_millis(10), Duration::from_secs(5));
-        self.expiry.map_or(tick, |expiry| tick.min(expiry))
-    }
 }
 
 /// What happened at one leg since the last tick.
@@ -58,19 +50,23 @@ pub(crate) struct Verdict {
     pub(crate) end: Option<CloseReason>,
 }
 
-/// The signs of life of both legs.
+/// The signs of life of both legs. There is one of it for each stream, so it is small: moments are counted from its start.
 #[derive(Debug)]
 pub(crate) struct Vitals {
-    limits: Limits,
+    /// Those of the edge, which all its streams share.
+    limits: Arc<Limits>,
+    start: Instant,
+    /// When the credential behind the stream is past use; `None` if that is out of sight.
+    expiry: Option<Instant>,
     legs: [LegVitals; 2],
-    payload: Instant,
+    payload: Moment,
 }
 
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 struct LegVitals {
-    heard: Instant,
-    pinged: Instant,
-    took: Instant,
+    heard: Moment,
+    pinged: Moment,
+    took: Moment,
     /// Whether messages may lie unread in the buffers on the way. A ping behind them cannot be answered before they
     /// are read, so its missing answer proves nothing; an answer proves that everything before the ping was read.
     unread: bool,
@@ -78,14 +74,38 @@ struct LegVitals {
     ping_is_last: bool,
 }
 
+/// Milliseconds since the start of a stream. After 49 days it stands still; by then the credential is long past use.
+#[derive(Debug, Clone, Copy, Default)]
+struct Moment(u32);
+
+impl Moment {
+    fn since(self, then: Self) -> Duration {
+        Duration::from_millis(u64::from(self.0.saturating_sub(then.0)))
+    }
+}
+
 impl Vitals {
-    pub(crate) fn new(limits: Limits, now: Instant) -> Self {
-        Self { limits, legs: [LegVitals::new(now); 2], payload: now }
+    pub(crate) fn new(limits: Arc<Limits>, expiry: Option<Instant>, now: Instant) -> Self {
+        Self { limits, start: now, expiry, legs: [LegVitals::default(); 2], payload: Moment::default() }
+    }
+
+    /// When [`Vitals::tick`] should be called next.
+    pub(crate) fn next_tick(&self, now: Instant) -> Instant {
+        let Limits { ping, silence, idle, stall, .. } = *self.limits;
+        let shortest = ping.min(silence).min(idle).min(stall);
+        let tick = now + (shortest / 4).clamp(Duration::from_millis(10), Duration::from_secs(5));
+        self.expiry.map_or(tick, |expiry| tick.min(expiry))
+    }
+
+    /// The limits that it goes by.
+    pub(crate) fn limits(&self) -> &Limits {
+        &self.limits
     }
 
     /// Lets time pass. `seen` is about the service's leg, then the device's.
-    pub(crate) fn tick(&mut self, now: Instant, seen: [Seen; 2]) -> Verdict {
+    pub(crate) fn tick(&mut self, at: Instant, seen: [Seen; 2]) -> Verdict {
         let mut verdict = Verdict::default();
+        let now = self.moment(at);
         if seen.iter().any(|seen| seen.payload || seen.owed) {
             self.payload = now;
         }
@@ -105,30 +125,28 @@ impl Vitals {
                 leg.unread = false;
             }
             let silence = if leg.unread { self.limits.stall } else { self.limits.silence };
-            let since = |then: Instant| now.saturating_duration_since(then);
-            if since(leg.took) >= self.limits.stall {
+            if now.since(leg.took) >= self.limits.stall {
                 verdict.end = Some(CloseReason::stalled(role));
-            } else if since(leg.heard) >= silence {
+            } else if now.since(leg.heard) >= silence {
                 verdict.end = Some(CloseReason::unresponsive(role));
             }
-            if since(leg.heard) >= self.limits.ping && since(leg.pinged) >= self.limits.ping {
+            if now.since(leg.heard) >= self.limits.ping && now.since(leg.pinged) >= self.limits.ping {
                 (leg.pinged, leg.ping_is_last) = (now, true);
                 verdict.ping[index] = true;
             }
         }
-        if self.limits.expiry.is_some_and(|expiry| now >= expiry) {
+        if self.expiry.is_some_and(|expiry| at >= expiry) {
             verdict.end = Some(CloseReason::CredentialExpired);
         }
-        if now.saturating_duration_since(self.payload) >= self.limits.idle {
+        if now.since(self.payload) >= self.limits.idle {
             verdict.end = verdict.end.or(Some(CloseReason::Idle));
         }
         verdict
     }
-}
 
-impl LegVitals {
-    fn new(now: Instant) -> Self {
-        Self { heard: now, pinged: now, took: now, unread: false, ping_is_last: false }
+    fn moment(&self, at: Instant) -> Moment {
+        let since = at.saturating_duration_since(self.start).as_millis();
+        Moment(u32::try_from(since).unwrap_or(u32::MAX))
     }
 }
 
@@ -207,12 +225,11 @@ mod tests {
 
     #[test]
     fn a_stream_ends_with_its_credential() {
-        let (vitals, start) = vitals();
+        let (mut vitals, start) = vitals();
         let expiry = start + Duration::from_secs(7);
-        let limits = Limits { expiry: Some(expiry), ..vitals.limits };
-        assert_eq!(limits.next_tick(start), start + Duration::from_secs(5));
-        assert_eq!(limits.next_tick(start + Duration::from_secs(5)), expiry);
-        let mut vitals = Vitals::new(limits, start);
+        vitals.expiry = Some(expiry);
+        assert_eq!(vitals.next_tick(start), start + Duration::from_secs(5));
+        assert_eq!(vitals.next_tick(start + Duration::from_secs(5)), expiry);
         assert_eq!(vitals.tick(start + Duration::from_millis(6999), [HEARD, HEARD]).end, None);
         assert_eq!(vitals.tick(expiry, [HEARD, HEARD]).end, Some(CloseReason::CredentialExpired));
     }
@@ -224,9 +241,8 @@ mod tests {
             idle: Duration::from_secs(3600),
             stall: Duration::from_secs(900),
             close: Duration::from_secs(60),
-            expiry: None,
         };
         let now = midspan_platform::clock::now();
-        (Vitals::new(limits, now), now)
+        (Vitals::new(Arc::new(limits), None, now), now)
     }
 }

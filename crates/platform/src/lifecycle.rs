@@ -17,7 +17,6 @@ use std::{
 use tokio::{
     runtime::Handle,
     signal::unix::{SignalKind, signal},
-    task::JoinHandle,
 };
 use tokio_util::{sync::CancellationToken, task::TaskTracker};
 use tracing::{Instrument as _, Span, info};
@@ -41,11 +40,11 @@ impl Lifecycle {
     }
 
     /// Runs a task that belongs to the process and is waited for at its end.
-    pub fn spawn<F>(&self, span: Span, task: F) -> JoinHandle<()>
+    pub fn spawn<F>(&self, span: Span, task: F)
     where
         F: Future<Output = ()> + Send + 'static,
     {
-        self.tasks.spawn(task.instrument(span))
+        self.tasks.spawn(task.instrument(span));
     }
 
     /// Does the same on another runtime. The task is in no span, which would cost a stream more than its own state.

@@ -9,8 +9,10 @@ mod shared;
 
 use std::{
     future::{Future, poll_fn},
-    pin::pin,
+    pin::{Pin, pin},
+    sync::Arc,
     task::{Context, Poll},
+    time::Instant,
 };
 
 use bytes::Bytes;
@@ -20,7 +22,7 @@ use midspan_core::{
     id::Role,
 };
 use midspan_platform::clock;
-use tokio::time::sleep_until;
+use tokio::time::{Sleep, sleep_until};
 
 pub use self::{half::Pipe, shared::Shared};
 use self::{
@@ -38,6 +40,7 @@ pub struct Splice<IO> {
     service: Half<IO>,
     device: Half<IO>,
     kept: Kept,
+    vitals: Vitals,
 }
 
 /// Why bytes no longer flow.
@@ -75,13 +78,22 @@ impl Cause {
 }
 
 impl<IO: Pipe> Splice<IO> {
-    /// Joins two legs. `early` is what was read of each already: the service's, then the device's.
-    pub fn new(service: IO, device: IO, early: [Bytes; 2], shared: Shared) -> Self {
+    /// Joins two legs. `early` is what was read of each already: the service's, then the device's. The stream ends at
+    /// `expiry`, if there is one.
+    pub fn new(
+        service: IO,
+        device: IO,
+        early: [Bytes; 2],
+        shared: Shared,
+        limits: Arc<Limits>,
+        expiry: Option<Instant>,
+    ) -> Self {
         let [early_service, early_device] = early;
         Self {
             service: Half::new(Role::Service, service, &early_service),
             device: Half::new(Role::Device, device, &early_device),
             kept: Kept::new(shared),
+            vitals: Vitals::new(limits, expiry, clock::now()),
         }
     }
 
@@ -91,39 +103,47 @@ impl<IO: Pipe> Splice<IO> {
     }
 
     /// Moves bytes until one of the legs ends, a limit is reached, or `end` says so.
-    pub async fn run(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Ending {
-        let cause = self.flow(limits, end).await;
+    ///
+    /// There is one of this future for each stream; so it holds references, and no copies.
+    pub async fn run(&mut self, mut end: Pin<&mut impl Future<Output = CloseReason>>) -> Ending {
+        let mut tick = pin!(sleep_until(self.vitals.next_tick(clock::now()).into()));
+        let cause = poll_fn(|cx| self.poll_flow(cx, tick.as_mut(), end.as_mut())).await;
         self.count();
         Ending(cause)
     }
 
-    async fn flow(&mut self, limits: Limits, end: impl Future<Output = CloseReason>) -> Cause {
-        let mut vitals = Vitals::new(limits, clock::now());
-        let mut end = pin!(end);
-        let mut tick = pin!(sleep_until(limits.next_tick(clock::now()).into()));
-        loop {
-            tokio::select! {
-                biased;
-                reason = &mut end => return Cause::Told(reason),
-                () = &mut tick => {
-                    tick.as_mut().reset(limits.next_tick(clock::now()).into());
-                    let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
-                    let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
-                    let verdict = vitals.tick(clock::now(), seen);
-                    if let Some(reason) = verdict.end {
-                        return Cause::Told(reason);
-                    }
-                    for (half, ping) in [&mut self.service, &mut self.device].into_iter().zip(verdict.ping) {
-                        half.tick();
-                        if ping {
-                            half.put_ping();
-                        }
-                    }
-                    self.count();
-                }
-                ending = poll_fn(|cx| self.poll_pump(cx)) => return ending,
+    fn poll_flow(
+        &mut self,
+        cx: &mut Context<'_>,
+        mut tick: Pin<&mut Sleep>,
+        end: Pin<&mut impl Future<Output = CloseReason>>,
+    ) -> Poll<Cause> {
+        if let Poll::Ready(reason) = end.poll(cx) {
+            return Poll::Ready(Cause::Told(reason));
+        }
+        while tick.as_mut().poll(cx).is_ready() {
+            let now = clock::now();
+            if let Some(reason) = self.tick(now) {
+                return Poll::Ready(Cause::Told(reason));
+            }
+            tick.as_mut().reset(self.vitals.next_tick(now).into());
+        }
+        self.poll_pump(cx)
+    }
+
+    /// Lets time pass, and says why the stream is over, if it is.
+    fn tick(&mut self, now: Instant) -> Option<CloseReason> {
+        let (service_owes, device_owes) = (self.service.owes(), self.device.owes());
+        let seen = [self.service.take_seen(device_owes), self.device.take_seen(service_owes)];
+        let verdict = self.vitals.tick(now, seen);
+        for (half, ping) in [&mut self.service, &mut self.device].into_iter().zip(verdict.ping) {
+            half.tick();
+            if ping {
+                half.put_ping();
             }
         }
+        self.count();
+        verdict.end
     }
 
     /// Moves bytes both ways until nothing more can be moved now.
@@ -158,9 +178,10 @@ impl<IO: Pipe> Splice<IO> {
     }
 
     /// Tells both legs. A clean end first delivers everything that was sent before it.
-    pub async fn finish(self, ending: Ending, limits: Limits) {
+    pub async fn finish(self, ending: Ending) {
+        let Self { mut service, mut device, kept, vitals } = self;
+        let limits = vitals.limits();
         let patience = Patience { pause: limits.close, whole: limits.stall.max(limits.close) };
-        let Self { mut service, mut device, kept } = self;
         let shared = kept.shared();
         match ending.0 {
             Cause::Closed { code, text, .. } => {
