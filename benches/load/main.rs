@@ -4,6 +4,7 @@ mod case;
 mod clock;
 mod connection;
 mod frames;
+mod gates;
 mod goals;
 mod measure;
 mod midspan;
@@ -30,9 +31,9 @@ use anyhow::{Context as _, Result};
 use case::Case;
 use clap::{Args, Parser, Subcommand};
 use measure::{
-    idle, instructions, latency, peak,
+    calls, idle, instructions, latency, peak,
     relay::{self, Plan},
-    setup,
+    setup, stalled,
 };
 use report::text;
 use tls::Certificate;
@@ -60,8 +61,14 @@ enum Measurement {
     Idle(IdleArguments),
     /// Memory with four streams of 64 MiB messages
     Peak(PeakArguments),
+    /// Memory with readers that do not read, and when they read again
+    Stalled(StalledArguments),
     /// Midspan's user instructions per message, by callgrind
     Instructions,
+    /// Midspan's system calls per message, by strace
+    Calls,
+    /// What noise hardly moves, against bounds; fails when one is not kept
+    Gates,
     /// Everything, with the results written to files
     All(AllArguments),
     /// Write the results and the chart again, from results.json
@@ -137,6 +144,16 @@ struct PeakArguments {
 }
 
 #[derive(Debug, Args)]
+struct StalledArguments {
+    /// What is looked at
+    #[arg(long, value_delimiter = ',', default_value = "midspan")]
+    variants: Vec<Variant>,
+    /// Streams
+    #[arg(long, default_value_t = 1000)]
+    streams: usize,
+}
+
+#[derive(Debug, Args)]
 struct RelayArguments {
     /// What is compared
     #[arg(long, value_delimiter = ',', default_value = "midspan,tcp-splice,tungstenite,fastwebsockets")]
@@ -202,6 +219,17 @@ fn run(arguments: Arguments) -> Result<()> {
             text::print(&text::instructions(&counted));
             Ok(())
         }
+        Measurement::Stalled(StalledArguments { variants, streams }) => {
+            variants.iter().try_for_each(|&variant| {
+                text::print(&text::stalled(&stalled::measure(variant, streams, folder, certificate)?));
+                Ok(())
+            })
+        }
+        Measurement::Calls => {
+            text::print(&text::calls(&calls::measure(folder)?));
+            Ok(())
+        }
+        Measurement::Gates => gates::run(folder, certificate),
         Measurement::All(AllArguments { quick, folder: results }) => {
             report::write(&suite::run(quick, folder, certificate)?, &results.results)
         }

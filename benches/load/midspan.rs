@@ -64,6 +64,8 @@ pub(crate) enum Under<'a> {
     Nothing,
     /// callgrind, which writes its counts to a file.
     Callgrind(&'a Path),
+    /// strace, which writes its counts to a file when the program has ended.
+    Strace(&'a Path),
 }
 
 impl Midspan {
@@ -83,6 +85,12 @@ impl Midspan {
                 let mut file = std::ffi::OsString::from("--callgrind-out-file=");
                 file.push(out);
                 command.arg("--tool=callgrind").arg(file).arg(sibling("midspand")?);
+                command
+            }
+            Under::Strace(out) => {
+                let mut command = Command::new("strace");
+                // With -D the program is our child, and not the tracer.
+                command.args(["-D", "-f", "-c", "-o"]).arg(out).arg(sibling("midspand")?);
                 command
             }
         };

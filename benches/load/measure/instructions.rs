@@ -16,7 +16,7 @@ use crate::{
     measure::latency::receive_messages,
     midspan::Under,
     number::{count, float},
-    variants::Relay,
+    variants::{Pairs, Relay},
 };
 
 /// What a run gave.
@@ -57,18 +57,23 @@ fn run(folder: &Path, pattern: &Pattern, times: u64) -> Result<u64> {
     let out = folder.join("callgrind.out");
     let mut relay = Relay::start_midspan(folder, "instructions", Under::Callgrind(&out))?;
     let mut pairs = relay.open(1)?;
+    carry(&mut pairs, pattern, times)?;
+    drop(pairs);
+    relay.stop()?;
+    let text = fs::read_to_string(&out).context("callgrind wrote nothing")?;
+    total(&text).context("callgrind wrote no total")
+}
+
+/// Sends the pattern some times on the first stream, and waits until all of it has arrived.
+pub(crate) fn carry(pairs: &mut Pairs, pattern: &Pattern, times: u64) -> Result<()> {
     let messages = times * count(pattern.bytes().len() / pattern.frame());
     std::thread::scope(|scope| {
         let (sender, receiver) = (&mut pairs.senders[0], &mut pairs.receivers[0]);
         let sending = scope.spawn(|| (0..times).try_for_each(|_| sender.send_all(pattern.bytes())));
         receive_messages(receiver, messages, &mut Scratch::new())?;
         sending.join().map_err(|_| anyhow::anyhow!("the sender panicked"))??;
-        anyhow::Ok(())
-    })?;
-    drop(pairs);
-    relay.stop()?;
-    let text = fs::read_to_string(&out).context("callgrind wrote nothing")?;
-    total(&text).context("callgrind wrote no total")
+        Ok(())
+    })
 }
 
 fn total(text: &str) -> Option<u64> {

@@ -164,7 +164,8 @@ fn open(relay: &mut Relay, count: usize) -> Result<Pairs> {
     Ok(pairs)
 }
 
-fn verify(sent: &[u64], arrived: &[FrameCounter], payload: u64) -> Result<()> {
+/// Whether all that went into each stream came out of it.
+pub(crate) fn verify(sent: &[u64], arrived: &[FrameCounter], payload: u64) -> Result<()> {
     for (&sent, arrived) in sent.iter().zip(arrived) {
         ensure!(
             arrived.messages == sent && arrived.payload == sent * payload && arrived.is_between(),

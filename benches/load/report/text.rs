@@ -3,14 +3,17 @@
 use std::fmt::Write as _;
 
 use crate::{
+    gates::{Gate, Line},
     goals::{Goal, Verdict},
     measure::{
+        calls::Calls,
         idle::Idle,
         instructions::Instructions,
         latency,
         peak::Peak,
         relay::{Comparison, Figures, Series},
         setup,
+        stalled::Stalled,
     },
     rounds::{median, ratio},
     variants::Variant,
@@ -85,6 +88,42 @@ pub(crate) fn peak(peak: &Peak) -> String {
 pub(crate) fn instructions(one: &Instructions) -> String {
     let Instructions { per_small_message, per_byte } = one;
     format!("user instructions: {per_small_message:.0} per 64-byte message, {per_byte:.3} per byte at 16 KiB")
+}
+
+/// Memory with readers that do not read.
+pub(crate) fn stalled(one: &Stalled) -> String {
+    let Stalled { variant, streams, held, peak } = one;
+    format!(
+        "{:24} {streams} stalled readers: {held:.1} MiB more while none reads, {peak:.1} MiB at the most; every byte arrived",
+        variant.name()
+    )
+}
+
+/// What strace counted.
+pub(crate) fn calls(one: &Calls) -> String {
+    let Calls { per_small_message, per_gib, reads_per_write } = one;
+    format!(
+        "system calls: {per_small_message:.2} per 64-byte message, one at a time; {per_gib:.0} per GiB at 16 KiB, \
+         {reads_per_write:.3} reads per write"
+    )
+}
+
+/// What the gates say.
+pub(crate) fn gates(lines: &[Line]) -> String {
+    let mut text = format!("{:58} {:>10} {:>10} {:>10}", "figure", "measured", "bound", "goal");
+    for line in lines {
+        let Gate { what, bound, must } = line.gate;
+        let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), number);
+        let verdict = if line.holds() { "ok" } else { "MISSED" };
+        let _ = write!(
+            text,
+            "\n{what:58} {:>10} {:>10} {:>10}  {verdict}",
+            cell(line.measured),
+            number(bound),
+            cell(must)
+        );
+    }
+    text
 }
 
 /// The goals of the data path.
