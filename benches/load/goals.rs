@@ -186,11 +186,10 @@ impl Goals {
     }
 
     fn end_to_end(&mut self, results: &Results) {
-        let of = |streams, peer: &str, figure| {
-            let one = results.end_to_end.iter().find(|one| one.streams == streams)?;
-            one.ratio("midspan", peer, figure)
+        let of = |streams, peer, figure| {
+            results.end_to_end_comparison(streams)?.ratio(Variant::MidspanProxies, peer, figure)
         };
-        for peer in ["rathole", "bore"] {
+        for peer in [Variant::Rathole, Variant::Bore] {
             for streams in STREAMS {
                 let what = format!("end to end: throughput against {peer}, {}", many(streams));
                 self.add(9, what, AtLeast(1.0), AtLeast(1.0), of(streams, peer, RATE));
@@ -198,10 +197,10 @@ impl Goals {
         }
         for (streams, must, aim) in [(1, 0.9, 1.05), (32, 1.05, 1.3)] {
             let what = format!("end to end: throughput against wstunnel, {}", many(streams));
-            self.add(9, what, AtLeast(must), AtLeast(aim), of(streams, "wstunnel", RATE));
+            self.add(9, what, AtLeast(must), AtLeast(aim), of(streams, Variant::Wstunnel, RATE));
         }
         let what = "end to end: relay CPU/GiB against wstunnel, 32 streams";
-        self.add(9, what, AtMost(0.7), AtMost(0.6), of(32, "wstunnel", RELAY_CPU));
+        self.add(9, what, AtMost(0.7), AtMost(0.6), of(32, Variant::Wstunnel, RELAY_CPU));
     }
 
     fn instructions(&mut self, results: &Results) {

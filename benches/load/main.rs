@@ -12,11 +12,13 @@ mod number;
 mod poller;
 mod process;
 mod receiver;
+mod relays;
 mod report;
 mod rounds;
 mod sender;
 mod suite;
 mod system;
+mod systems;
 mod tls;
 mod variants;
 
@@ -31,7 +33,7 @@ use anyhow::{Context as _, Result};
 use case::Case;
 use clap::{Args, Parser, Subcommand};
 use measure::{
-    calls, idle, instructions, latency, peak,
+    calls, end_to_end, idle, instructions, latency, peak,
     relay::{self, Plan},
     setup, stalled,
 };
@@ -63,6 +65,8 @@ enum Measurement {
     Peak(PeakArguments),
     /// Memory with readers that do not read, and when they read again
     Stalled(StalledArguments),
+    /// From a TCP client to a TCP server through local proxies, beside other tunnels
+    EndToEnd(EndToEndArguments),
     /// Midspan's user instructions per message, by callgrind
     Instructions,
     /// Midspan's system calls per message, by strace
@@ -80,6 +84,9 @@ struct AllArguments {
     /// Short turns and few rounds
     #[arg(long)]
     quick: bool,
+    /// Other tunnels, too, from end to end
+    #[arg(long)]
+    peers: bool,
     #[command(flatten)]
     folder: FolderArguments,
 }
@@ -154,6 +161,21 @@ struct StalledArguments {
 }
 
 #[derive(Debug, Args)]
+struct EndToEndArguments {
+    /// Streams at a time
+    #[arg(long, value_delimiter = ',', default_value = "1,32")]
+    streams: Vec<usize>,
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Length of a turn
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
+    /// Idle streams
+    #[arg(long, default_value_t = 500)]
+    idle: usize,
+}
+
+#[derive(Debug, Args)]
 struct RelayArguments {
     /// What is compared
     #[arg(long, value_delimiter = ',', default_value = "midspan,tcp-splice,tungstenite,fastwebsockets")]
@@ -225,13 +247,14 @@ fn run(arguments: Arguments) -> Result<()> {
                 Ok(())
             })
         }
+        Measurement::EndToEnd(arguments) => end_to_end(&arguments, folder, certificate),
         Measurement::Calls => {
             text::print(&text::calls(&calls::measure(folder)?));
             Ok(())
         }
         Measurement::Gates => gates::run(folder, certificate),
-        Measurement::All(AllArguments { quick, folder: results }) => {
-            report::write(&suite::run(quick, folder, certificate)?, &results.results)
+        Measurement::All(AllArguments { quick, peers, folder: results }) => {
+            report::write(&suite::run(quick, peers, folder, certificate)?, &results.results)
         }
         Measurement::Report(FolderArguments { results: folder }) => {
             let file = folder.join("results.json");
@@ -240,6 +263,19 @@ fn run(arguments: Arguments) -> Result<()> {
             report::write(&serde_json::from_str(&text)?, &folder)
         }
     }
+}
+
+fn end_to_end(arguments: &EndToEndArguments, folder: &Path, certificate: &Certificate) -> Result<()> {
+    let EndToEndArguments { streams, rounds, seconds, idle } = arguments;
+    let plan = Plan { rounds: *rounds, warm_up: WARM_UP, time: Duration::try_from_secs_f64(*seconds)? };
+    let (results, missing) = end_to_end::measure(streams, plan, *idle, folder, certificate)?;
+    for one in &results.idle {
+        text::print(&text::idle(one));
+    }
+    for missing in &missing {
+        text::print(missing);
+    }
+    Ok(())
 }
 
 fn relay(arguments: &RelayArguments, folder: &Path, certificate: &Certificate) -> Result<()> {

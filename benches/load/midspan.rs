@@ -150,7 +150,8 @@ fn unix_now() -> UnixTime {
     UnixTime(since.map_or(0, |since| since.as_secs()))
 }
 
-fn listening(log: &str, listener: &str) -> Option<SocketAddr> {
+/// Where a listener of `midspand` is, by its log in JSON.
+pub(crate) fn listening(log: &str, listener: &str) -> Option<SocketAddr> {
     log.lines().filter_map(|line| serde_json::from_str(line).ok()).find_map(|record: Value| {
         let field = |name| record["fields"].get(name).or(record.get(name)).and_then(Value::as_str);
         let ours = field("message") == Some("listening") && field("listener") == Some(listener);

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     case::Case,
     measure::{
-        end_to_end::EndToEnd,
+        end_to_end::{self, EndToEnd},
         idle::{self, Idle},
         instructions::{self, Instructions},
         latency,
@@ -37,7 +37,7 @@ pub(crate) struct Results {
     pub(crate) peak: Vec<Peak>,
     pub(crate) instructions: Option<Instructions>,
     #[serde(default)]
-    pub(crate) end_to_end: Vec<EndToEnd>,
+    pub(crate) end_to_end: EndToEnd,
     /// What could not be measured, and why.
     pub(crate) missing: Vec<String>,
 }
@@ -64,6 +64,7 @@ pub(crate) struct Extent {
     setup_pairs: usize,
     idle_pairs: usize,
     many_pairs: usize,
+    proxied_pairs: usize,
 }
 
 impl Extent {
@@ -77,6 +78,7 @@ impl Extent {
             setup_pairs: 1024,
             idle_pairs: 4000,
             many_pairs: 9000,
+            proxied_pairs: 1000,
         }
     }
 
@@ -90,6 +92,7 @@ impl Extent {
             setup_pairs: 128,
             idle_pairs: 500,
             many_pairs: 1500,
+            proxied_pairs: 200,
         }
     }
 }
@@ -104,7 +107,7 @@ pub(crate) const LIBRARIES: [Variant; 4] = [
 
 pub(crate) const STREAMS: [usize; 2] = [1, 32];
 
-pub(crate) fn run(quick: bool, folder: &Path, certificate: &Certificate) -> Result<Results> {
+pub(crate) fn run(quick: bool, peers: bool, folder: &Path, certificate: &Certificate) -> Result<Results> {
     let extent = if quick { Extent::quick() } else { Extent::full() };
     let mut results = Results { machine: machine(), quick, rounds: extent.rounds, ..Results::default() };
     let show = |one: &Comparison, reference| text::print(&text::comparison(one, Some(reference)));
@@ -171,9 +174,13 @@ pub(crate) fn run(quick: bool, folder: &Path, certificate: &Certificate) -> Resu
         Ok(None) => results.missing.push("instructions: valgrind is not installed".to_owned()),
         Err(error) => results.missing.push(format!("instructions: {error:#}")),
     }
-    results
-        .missing
-        .push("end to end beside wstunnel, rathole, bore, haproxy and nginx: not measured yet".to_owned());
+    if peers {
+        let (one, missing) = end_to_end::measure(&STREAMS, long, extent.proxied_pairs, folder, certificate)?;
+        results.end_to_end = one;
+        results.missing.extend(missing);
+    } else {
+        results.missing.push("end to end: not measured without `--peers`".to_owned());
+    }
     Ok(results)
 }
 
@@ -188,6 +195,10 @@ impl Results {
     /// One comparison.
     pub(crate) fn comparison(&self, case: Case, streams: usize) -> Option<&Comparison> {
         find(&self.relays, case, streams)
+    }
+
+    pub(crate) fn end_to_end_comparison(&self, streams: usize) -> Option<&Comparison> {
+        find(&self.end_to_end.comparisons, Case::KiB16, streams)
     }
 
     pub(crate) fn tls_comparison(&self, case: Case, streams: usize) -> Option<&Comparison> {

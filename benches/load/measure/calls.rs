@@ -12,7 +12,7 @@ use crate::{
     measure::{instructions::carry, latency::receive_messages},
     midspan::Under,
     number::{GIB, count, float},
-    variants::{Pairs, Relay},
+    relays::{Pairs, Relay},
 };
 
 /// What a run gave.

@@ -12,9 +12,10 @@ use crate::{
     measure::{latency::receive_messages, setup::settle},
     number::{count, float},
     receiver::{self, Progress},
+    relays::{Pairs, Relay},
     system,
     tls::Certificate,
-    variants::{Pairs, Relay, Variant},
+    variants::Variant,
 };
 
 /// Streams that are opened first, so that what every process needs once is not counted.

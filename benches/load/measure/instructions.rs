@@ -16,7 +16,7 @@ use crate::{
     measure::latency::receive_messages,
     midspan::Under,
     number::{count, float},
-    variants::{Pairs, Relay},
+    relays::{Pairs, Relay},
 };
 
 /// What a run gave.

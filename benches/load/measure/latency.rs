@@ -11,9 +11,10 @@ use crate::{
     connection::{Connection, Received, Scratch},
     frames::{FrameCounter, Pattern},
     measure::relay::Plan,
+    relays::{Pairs, Relay},
     rounds, system,
     tls::Certificate,
-    variants::{Pairs, Relay, Variant},
+    variants::Variant,
 };
 
 const WARM_UP: usize = 500;

@@ -10,9 +10,10 @@ use crate::{
     frames::Pattern,
     measure::latency::receive_messages,
     number::{count, float},
+    relays::Relay,
     system,
     tls::Certificate,
-    variants::{Relay, Variant},
+    variants::Variant,
 };
 
 /// Streams that carry them at the same time.

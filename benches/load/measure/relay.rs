@@ -16,9 +16,10 @@ use crate::{
     frames::{FrameCounter, Pattern},
     number::{GIB, count, float},
     receiver::{self, Progress},
+    relays::{Pairs, Relay},
     rounds, sender, system,
     tls::Certificate,
-    variants::{Pairs, Relay, Variant},
+    variants::Variant,
 };
 
 /// A relay that is slow with small messages has seconds of them in the sockets at the end of a turn. They are not waited for
@@ -34,7 +35,7 @@ const CHECKED: usize = 5000;
 pub(crate) struct Figures {
     /// CPU seconds of the relay per GiB of payload.
     pub(crate) relay_cpu: f64,
-    /// CPU seconds of relay and generator per GiB of payload.
+    /// CPU seconds of relay, local proxies and generator per GiB of payload.
     pub(crate) total_cpu: f64,
     /// GiB of payload per second.
     pub(crate) rate: f64,
@@ -107,9 +108,11 @@ fn turn(
     plan: Plan,
 ) -> Result<Figures> {
     let (senders, receivers) = (&mut pairs.senders[..streams], &mut pairs.receivers[..streams]);
+    // From end to end, a client writes one piece at a time.
+    let batched = case.batched() && !relay.variant.is_end_to_end();
     let progress = Progress::new();
     let (sent, arrived, figures) = thread::scope(|scope| {
-        let sending = scope.spawn(|| sender::run(senders, pattern, case.batched(), &progress));
+        let sending = scope.spawn(|| sender::run(senders, pattern, batched, &progress));
         let receiving = scope.spawn(|| receiver::run(receivers, &progress));
         let figures = sample(relay, &progress, plan);
         progress.stop();
@@ -179,7 +182,7 @@ pub(crate) fn verify(sent: &[u64], arrived: &[FrameCounter], payload: u64) -> Re
 
 struct Sample {
     relay: Duration,
-    generator: Duration,
+    others: Duration,
     payload: u64,
     messages: u64,
     at: Instant,
@@ -189,7 +192,7 @@ impl Sample {
     fn take(relay: &Relay, progress: &Progress) -> Result<Self> {
         Ok(Self {
             relay: relay.cpu()?,
-            generator: system::cpu(std::process::id())?,
+            others: system::cpu(std::process::id())? + relay.proxies_cpu()?,
             payload: progress.payload.load(Ordering::Relaxed),
             messages: progress.messages.load(Ordering::Relaxed),
             at: clock::now(),
@@ -199,11 +202,11 @@ impl Sample {
     fn since(&self, before: &Self) -> Figures {
         let gib = float(self.payload - before.payload) / GIB;
         let relay = (self.relay.saturating_sub(before.relay)).as_secs_f64();
-        let generator = (self.generator.saturating_sub(before.generator)).as_secs_f64();
+        let others = (self.others.saturating_sub(before.others)).as_secs_f64();
         let time = self.at.duration_since(before.at).as_secs_f64();
         Figures {
             relay_cpu: relay / gib,
-            total_cpu: (relay + generator) / gib,
+            total_cpu: (relay + others) / gib,
             rate: gib / time,
             messages: float(self.messages - before.messages) / time,
         }

@@ -10,9 +10,10 @@ use crate::{
     connection::{Received, Scratch},
     frames::{CLOSE, FrameCounter},
     number::{count, float},
+    relays::{Pairs, Relay},
     rounds,
     tls::Certificate,
-    variants::{Pairs, Relay, Variant},
+    variants::Variant,
 };
 
 /// The relay has done its work when it uses less than this in a pause.

@@ -11,9 +11,10 @@ use crate::{
     measure::relay::verify,
     number::{count, float},
     receiver::{self, Progress},
+    relays::{Pairs, Relay},
     sender, system,
     tls::Certificate,
-    variants::{Pairs, Relay, Variant},
+    variants::Variant,
 };
 
 /// Payload of a message: as long as a frame that a relay may want to hold whole.

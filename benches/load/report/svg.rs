@@ -62,11 +62,12 @@ pub(crate) fn write(results: &Results) -> String {
 fn blocks(results: &Results) -> Vec<Block<'_>> {
     let plain = STREAMS.map(|streams| (results.comparison(Case::KiB16, streams), streams, ""));
     let tls = STREAMS.map(|streams| (results.tls_comparison(Case::KiB16, streams), streams, "TLS, "));
+    let ends = STREAMS.map(|streams| (results.end_to_end_comparison(streams), streams, "End to end, "));
     let mut blocks = Vec::new();
-    for (comparison, streams, kind) in plain.into_iter().chain(tls) {
+    for (comparison, streams, kind) in plain.into_iter().chain(tls).chain(ends) {
         let Some(comparison) = comparison else { continue };
         let many = if streams == 1 { "stream" } else { "streams" };
-        let tls = !kind.is_empty();
+        let tls = kind == "TLS, ";
         blocks.push(Block { title: format!("{kind}{streams} {many}"), series: shown(comparison, tls) });
     }
     blocks

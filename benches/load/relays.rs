@@ -1,0 +1,240 @@
+//! The relays, and pairs of connections through them.
+
+use std::{
+    net::{SocketAddr, TcpListener},
+    path::Path,
+    process::Command,
+    sync::Arc,
+    time::Duration,
+};
+
+use anyhow::{Context as _, Result, ensure};
+use rustls::ClientConfig;
+
+use crate::{
+    connection::{Connection, Received, Scratch},
+    frames::Pattern,
+    midspan::{Midspan, Under},
+    process::{Process, sibling},
+    system,
+    systems::{self, System},
+    tls::Certificate,
+    variants::Variant,
+};
+
+/// A relay that is up.
+#[derive(Debug)]
+pub(crate) struct Relay {
+    pub(crate) variant: Variant,
+    kind: Kind,
+    tls: Option<Arc<ClientConfig>>,
+    pairs: u64,
+}
+
+#[derive(Debug)]
+enum Kind {
+    Direct(TcpListener),
+    Tcp { process: Process, address: SocketAddr, listener: TcpListener },
+    WebSocket { process: Process, address: SocketAddr },
+    Midspan(Box<Midspan>),
+    System(Box<System>),
+}
+
+/// Both ends of some streams: what the service sends on, and what the device receives from.
+#[derive(Debug, Default)]
+pub(crate) struct Pairs {
+    pub(crate) senders: Vec<Connection>,
+    pub(crate) receivers: Vec<Connection>,
+}
+
+/// Connections that are opened at the same time.
+const BATCH: usize = 32;
+
+impl Relay {
+    /// Starts it. `name` tells its files in `folder` apart.
+    pub(crate) fn start(
+        variant: Variant,
+        folder: &Path,
+        name: &str,
+        certificate: &Certificate,
+    ) -> Result<Self> {
+        let tls = variant.is_tls().then_some(certificate);
+        let kind = Self::kind(variant, folder, name, tls)
+            .with_context(|| format!("{} does not start", variant.name()))?;
+        Ok(Self { variant, kind, tls: tls.map(|tls| Arc::clone(&tls.client)), pairs: 0 })
+    }
+
+    /// Starts Midspan without TLS under something.
+    pub(crate) fn start_midspan(folder: &Path, name: &str, under: Under<'_>) -> Result<Self> {
+        let kind = Kind::Midspan(Box::new(Midspan::start(folder, name, None, under)?));
+        Ok(Self { variant: Variant::Midspan, kind, tls: None, pairs: 0 })
+    }
+
+    /// Asks it to end, and waits until it has.
+    pub(crate) fn stop(self) -> Result<()> {
+        match self.kind {
+            // What is left ends when it is dropped.
+            Kind::Direct(_) | Kind::System(_) => Ok(()),
+            Kind::Tcp { process, .. } | Kind::WebSocket { process, .. } => process.stop(),
+            Kind::Midspan(midspan) => midspan.process.stop(),
+        }
+    }
+
+    fn kind(variant: Variant, folder: &Path, name: &str, tls: Option<&Certificate>) -> Result<Kind> {
+        let listener = || TcpListener::bind(("127.0.0.1", 0)).context("cannot listen");
+        let system = |start| Ok(Kind::System(Box::new(System::start(variant, start, folder, name)?)));
+        let mut command = Command::new(sibling("peer")?);
+        match variant {
+            Variant::Direct => return Ok(Kind::Direct(listener()?)),
+            Variant::Midspan | Variant::MidspanTls => {
+                return Ok(Kind::Midspan(Box::new(Midspan::start(folder, name, tls, Under::Nothing)?)));
+            }
+            Variant::MidspanProxies => return system(systems::midspan),
+            Variant::Wstunnel => return system(systems::wstunnel),
+            Variant::Rathole => return system(systems::rathole),
+            Variant::Bore => return system(systems::bore),
+            Variant::Haproxy => return system(systems::haproxy),
+            Variant::Nginx => return system(systems::nginx),
+            Variant::TcpSplice | Variant::TcpCopy | Variant::TcpBidirectional => {
+                let listener = listener()?;
+                command.args([variant.name(), "--to", &listener.local_addr()?.to_string()]);
+                let mut process = Process::start(command, folder, name)?;
+                return Ok(Kind::Tcp { address: process.address()?, process, listener });
+            }
+            Variant::Tungstenite | Variant::TungsteniteTls => command.arg("tungstenite"),
+            Variant::TungsteniteForward => command.args(["tungstenite", "--forward"]),
+            Variant::Fastwebsockets => command.arg("fastwebsockets"),
+            Variant::FastwebsocketsBatched => command.args(["fastwebsockets", "--batch"]),
+        };
+        if let Some(tls) = tls {
+            command.arg("--tls-certificate").arg(&tls.chain).arg("--tls-key").arg(&tls.key);
+        }
+        let mut process = Process::start(command, folder, name)?;
+        Ok(Kind::WebSocket { address: process.address()?, process })
+    }
+
+    /// The relay's process.
+    pub(crate) fn process(&self) -> Option<u32> {
+        match &self.kind {
+            Kind::Direct(_) => None,
+            Kind::Tcp { process, .. } | Kind::WebSocket { process, .. } => Some(process.id()),
+            Kind::Midspan(midspan) => Some(midspan.process.id()),
+            Kind::System(system) => Some(system.process()),
+        }
+    }
+
+    /// CPU time of the relay so far.
+    pub(crate) fn cpu(&self) -> Result<Duration> {
+        self.process().map_or(Ok(Duration::ZERO), system::cpu)
+    }
+
+    /// CPU time of what is between the relay and the ends so far.
+    pub(crate) fn proxies_cpu(&self) -> Result<Duration> {
+        if let Kind::System(system) = &self.kind { system.proxies_cpu() } else { Ok(Duration::ZERO) }
+    }
+
+    /// Opens streams. The sockets block.
+    pub(crate) fn open(&mut self, count: usize) -> Result<Pairs> {
+        let mut pairs = Pairs::default();
+        for start in (0..count).step_by(BATCH) {
+            self.open_batch(&mut pairs, BATCH.min(count - start))
+                .with_context(|| format!("{} opens no streams", self.variant.name()))?;
+        }
+        Ok(pairs)
+    }
+
+    /// Opens streams that are known to work in both directions, with what they carry compared byte by byte.
+    pub(crate) fn open_checked(&mut self, count: usize, payload: usize) -> Result<Pairs> {
+        let mut pairs = self.open(count)?;
+        let pattern = Pattern::single(payload);
+        let masked = !self.variant.is_websocket();
+        for (one, other) in pairs.senders.iter_mut().zip(&mut pairs.receivers) {
+            check(one, other, &pattern, masked)
+                .and_then(|()| check(other, one, &pattern, masked))
+                .with_context(|| format!("{} does not carry what it is given", self.variant.name()))?;
+        }
+        Ok(pairs)
+    }
+
+    fn open_batch(&mut self, pairs: &mut Pairs, count: usize) -> Result<()> {
+        let invitations = self.invitations(count)?;
+        let (tls, mut scratch) = (self.tls.as_ref(), Scratch::new());
+        let first = pairs.senders.len();
+        for _ in 0..count {
+            let connect = |address: &SocketAddr| Connection::open(*address, tls);
+            let accept = |listener: &TcpListener| Connection::of(listener.accept()?.0);
+            let (sender, receiver) = match &self.kind {
+                Kind::Direct(listener) => (connect(&listener.local_addr()?)?, accept(listener)?),
+                Kind::Tcp { address, listener, .. } => (connect(address)?, accept(listener)?),
+                Kind::WebSocket { address, .. } => (connect(address)?, connect(address)?),
+                Kind::Midspan(midspan) => (connect(&midspan.address)?, connect(&midspan.address)?),
+                Kind::System(system) => system.open()?,
+            };
+            pairs.senders.push(sender);
+            pairs.receivers.push(receiver);
+        }
+        let (senders, receivers) = (&mut pairs.senders[first..], &mut pairs.receivers[first..]);
+        for ((sender, receiver), [service, device]) in
+            senders.iter_mut().zip(receivers.iter_mut()).zip(&invitations)
+        {
+            sender.request(&service.path, service.ticket.as_deref())?;
+            receiver.request(&device.path, device.ticket.as_deref())?;
+        }
+        if !invitations.is_empty() {
+            for leg in senders.iter_mut().chain(receivers.iter_mut()) {
+                leg.answer(&mut scratch)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn invitations(&mut self, count: usize) -> Result<Vec<[Leg; 2]>> {
+        match &self.kind {
+            Kind::Direct(_) | Kind::Tcp { .. } | Kind::System(_) => Ok(Vec::new()),
+            Kind::WebSocket { .. } => Ok((0..count)
+                .map(|_| {
+                    self.pairs += 1;
+                    ["a", "b"].map(|leg| Leg { path: format!("/{}/{leg}", self.pairs), ticket: None })
+                })
+                .collect()),
+            Kind::Midspan(midspan) => (0..count)
+                .map(|_| {
+                    let legs = midspan.invite()?;
+                    Ok(legs.map(|leg| Leg { path: leg.path, ticket: Some(leg.ticket) }))
+                })
+                .collect(),
+        }
+    }
+}
+
+struct Leg {
+    path: String,
+    ticket: Option<String>,
+}
+
+impl Pairs {
+    pub(crate) fn set_nonblocking(&mut self, nonblocking: bool) -> Result<()> {
+        for connection in self.senders.iter_mut().chain(&mut self.receivers) {
+            connection.set_nonblocking(nonblocking)?;
+        }
+        Ok(())
+    }
+}
+
+/// Sends one frame and compares what arrives. A WebSocket relay has taken the mask off.
+fn check(from: &mut Connection, to: &mut Connection, pattern: &Pattern, masked: bool) -> Result<()> {
+    from.send_all(pattern.bytes())?;
+    let header = pattern.frame() - pattern.payload() - if masked { 0 } else { 4 };
+    let (mut arrived, mut scratch) = (Vec::new(), Scratch::new());
+    while arrived.len() < header + pattern.payload() {
+        let more = to.receive(&mut scratch, |bytes| {
+            arrived.extend_from_slice(bytes);
+            Ok(())
+        })?;
+        ensure!(more != Received::End, "the relay closed the stream");
+    }
+    let expected = if masked { pattern.bytes()[header..].to_vec() } else { pattern.plain() };
+    ensure!(arrived[0] == 0x82, "not one whole binary frame");
+    ensure!(arrived[header..] == expected, "the payload came out changed");
+    Ok(())
+}
