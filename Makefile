@@ -1,13 +1,15 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-long bench fuzz docs
+.PHONY: help demo check test test-long gates bench fuzz docs
 
 help:
 	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
 	@echo 'make check              format, spelling, scripts, dependencies, licences, lints, documentation'
 	@echo 'make test               every test; installs what it lacks, and says what'
 	@echo 'make test-long          the soak of ten minutes, 9,000 idle streams, 1,000 stalled readers; optimised'
+	@echo 'make gates              instructions, system calls and memory of the data path, against their bounds'
 	@echo 'make bench              the data path beside other relays, in about 15 minutes; ARGS=--quick is rough'
+	@echo '                        ARGS=--peers also installs other tunnels, and compares them from end to end'
 	@echo 'make fuzz TARGET=name   one fuzz target, for MINUTES=5; needs a nightly compiler'
 	@echo 'make docs               the tables in docs/, and the crates under target/doc'
 
@@ -23,6 +25,9 @@ test:
 
 test-long:
 	@scripts/test-long
+
+gates:
+	@scripts/gates
 
 bench:
 	@scripts/bench $(ARGS)

@@ -22,8 +22,8 @@ pub(crate) struct Calls {
     pub(crate) per_small_message: f64,
     /// All calls for each GiB in messages of 16 KiB, as many of them as a socket takes.
     pub(crate) per_gib: f64,
-    /// Reads for each write there, those that find nothing left out.
-    pub(crate) reads_per_write: f64,
+    /// Writes for each read there, those without success left out. A write that a socket takes in two parts counts twice.
+    pub(crate) writes_per_read: f64,
 }
 
 /// Repetitions. What a process needs once falls out of the difference.
@@ -51,7 +51,7 @@ pub(crate) fn measure(folder: &Path) -> Result<Calls> {
     Ok(Calls {
         per_small_message: total(&one_by_one) / float(MANY - FEW),
         per_gib: total(&streaming) / gib,
-        reads_per_write: succeeded(READS) / succeeded(WRITES),
+        writes_per_read: succeeded(WRITES) / succeeded(READS),
     })
 }
 

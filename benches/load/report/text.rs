@@ -101,10 +101,10 @@ pub(crate) fn stalled(one: &Stalled) -> String {
 
 /// What strace counted.
 pub(crate) fn calls(one: &Calls) -> String {
-    let Calls { per_small_message, per_gib, reads_per_write } = one;
+    let Calls { per_small_message, per_gib, writes_per_read } = one;
     format!(
         "system calls: {per_small_message:.2} per 64-byte message, one at a time; {per_gib:.0} per GiB at 16 KiB, \
-         {reads_per_write:.3} reads per write"
+         {writes_per_read:.2} writes per read"
     )
 }
 
