@@ -39,7 +39,7 @@ const CALLS: [Gate; 3] = [
     // These two depend on how much a socket holds when it is looked at. A relay that writes each message by itself has more than
     // 65,000 calls, and 64 writes per read.
     gate("system calls per GiB at 16 KiB", 15_000.0, None),
-    gate("writes per read at 16 KiB", 2.5, None),
+    gate("writes per read at 16 KiB", 3.0, None),
 ];
 const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 9.2, Some(2.0))];
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 17.8, Some(6.0))];

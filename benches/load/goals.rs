@@ -231,7 +231,7 @@ fn worst_of(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::measure::relay::Series;
+    use crate::measure::{end_to_end::EndToEnd, relay::Series};
 
     fn goal(must: Bound, aim: Bound, measured: Option<f64>) -> Verdict {
         Goal { number: 0, what: String::new(), must, aim, measured }.verdict()
@@ -281,5 +281,25 @@ mod tests {
         assert_eq!(find(3, "CPU/GiB against tokio-tungstenite").verdict(), Verdict::Aim);
         assert_eq!(find(4, "relay CPU/GiB against fastwebsockets, 16 KiB").verdict(), Verdict::Aim);
         assert_eq!(find(4, "throughput against fastwebsockets, 16 KiB").verdict(), Verdict::Missed);
+    }
+
+    #[test]
+    fn tunnels_are_compared_from_end_to_end() {
+        let series = vec![
+            series(Variant::MidspanProxies, 0.3, 1.0),
+            series(Variant::Wstunnel, 0.4, 0.9),
+            series(Variant::Rathole, 0.5, 1.1),
+        ];
+        let comparison = Comparison { case: Case::KiB16, streams: 32, series };
+        let end_to_end = EndToEnd { comparisons: vec![comparison], idle: Vec::new() };
+        let goals = judge(&Results { end_to_end, ..Results::default() });
+        let find = |text: &str| {
+            goals.iter().find(|goal| goal.number == 9 && goal.what.contains(text)).unwrap().verdict()
+        };
+        assert_eq!(find("throughput against wstunnel, 32"), Verdict::Must);
+        assert_eq!(find("relay CPU/GiB against wstunnel, 32"), Verdict::Missed);
+        assert_eq!(find("throughput against rathole, 32"), Verdict::Missed);
+        assert_eq!(find("throughput against rathole, 1 stream"), Verdict::NotMeasured);
+        assert_eq!(find("throughput against bore, 32"), Verdict::NotMeasured);
     }
 }

@@ -86,12 +86,12 @@ impl Variant {
             Self::Midspan => "Midspan",
             Self::TungsteniteTls => "TLS: tokio-tungstenite, message by message",
             Self::MidspanTls => "TLS: Midspan",
-            Self::MidspanProxies => "Midspan (three processes)",
-            Self::Wstunnel => "wstunnel (two processes, does not mask)",
-            Self::Rathole => "rathole (two processes)",
-            Self::Bore => "bore (two processes)",
-            Self::Haproxy => "haproxy, WebSocket, 64 KiB buffers (one hop less, not ranked)",
-            Self::Nginx => "nginx, WebSocket, 64 KiB buffers (one hop less, not ranked)",
+            Self::MidspanProxies => "Midspan, with both local proxies",
+            Self::Wstunnel => "wstunnel, which does not mask",
+            Self::Rathole => "rathole",
+            Self::Bore => "bore",
+            Self::Haproxy => "haproxy, WebSocket (not ranked)",
+            Self::Nginx => "nginx, WebSocket (not ranked)",
         }
     }
 
