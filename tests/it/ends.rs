@@ -4,8 +4,12 @@ use std::{cell::Cell, time::Duration};
 
 use midspan_core::{close::CloseReason, record::StreamState};
 use serde_json::Value;
-use testkit::{Frame, Joined, Leg, Relay, pattern, until};
-use tokio::{io::AsyncWriteExt as _, time::sleep};
+use testkit::{Dial, Frame, Incoming, Joined, Leg, Opener, Random, Relay, Script, pattern, until};
+use tokio::{
+    io::AsyncWriteExt as _,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 use tokio_tungstenite::tungstenite::Message;
 
 #[tokio::test]
@@ -64,6 +68,73 @@ async fn all_that_was_sent_before_the_close_arrives_before_it() {
         assert_eq!(close, (4321, "that was all".to_owned()));
     }
     relay.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn all_of_it_arrives_however_late_the_reader_is_and_whatever_it_sends_meanwhile() {
+    // All of it fits into the kernels' buffers, so that the relay has nothing left to write long before it is read.
+    const MESSAGES: u64 = 20;
+    let secure = Relay::start().await;
+    let open = Relay::with(&["--insecure-plaintext"]).await;
+    let mut streams = JoinSet::new();
+    // From when on the reader sends: all the time, or once it was silent for a while.
+    for (relay, tls) in [(&secure, true), (&open, false)] {
+        let dial = Dial { target: relay.target().clone(), tls, buffers: None };
+        for silent in [0, 6500] {
+            let mut opener = Opener::connect(relay, &dial, &format!("late-{silent}")).await;
+            streams.spawn(async move {
+                let (service, device) = opener.open().await;
+                let messages = Script::even(1, 60_000);
+                let (mut answers, mut service) = service.split(Script::even(2, 0));
+                let (mut reader, mut device) = device.split(messages.clone());
+                let mut random = Random::new(3);
+                for message in messages.take(usize::try_from(MESSAGES).unwrap()) {
+                    service.message(&message, &mut random).await.unwrap();
+                }
+                service.close(Some((1000, "that was all")), &mut random).await.unwrap();
+                let all = Incoming::Close(Some((1000, "that was all".to_owned())));
+                assert_eq!(answers.next().await, all);
+
+                sleep(Duration::from_millis(silent)).await;
+                let begin = Instant::now() + Duration::from_millis(8000 - silent);
+                while Instant::now() < begin {
+                    device.control(9, b"still here", &mut random).await.unwrap();
+                    sleep(Duration::from_millis(50)).await;
+                }
+                let close = loop {
+                    match reader.next().await {
+                        Incoming::Data(_) | Incoming::Pong(_) => {}
+                        other @ (Incoming::Ping(_) | Incoming::Close(_)) => break other,
+                    }
+                };
+                assert_eq!(close, all);
+                assert_eq!(reader.received(), (MESSAGES, 0));
+                device.close(Some((1000, "")), &mut random).await.unwrap();
+                reader.ended().await;
+            });
+        }
+    }
+    streams.join_all().await;
+    secure.assert_quiet().await;
+    open.assert_quiet().await;
+}
+
+#[tokio::test]
+async fn an_end_that_never_answers_the_close_is_not_waited_for_for_ever() {
+    let relay = Relay::with(&["--close-limit", "200ms"]).await;
+    let mut link = relay.device("dev1").await;
+    let handshake = relay.handshake("dev1", &mut link).await;
+    let mut service = relay.service_leg(&handshake).await;
+    let mut device = relay.raw_device_leg(&handshake).await;
+    service.send_binary("read by nobody").await;
+    service.close(1000, "").await;
+    service.closed().await;
+    let talking = async {
+        while device.io.write_all(&Frame::ping(b"still here").bytes()).await.is_ok() {
+            sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::join!(talking, relay.assert_quiet());
 }
 
 #[tokio::test]

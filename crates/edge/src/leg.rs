@@ -10,7 +10,7 @@ use midspan_core::{
 };
 use midspan_platform::{listener::Connection, metrics::Counted};
 use tokio::{
-    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
     sync::oneshot,
     time::{Instant, timeout},
 };
@@ -51,7 +51,7 @@ const LOOK: Duration = Duration::from_millis(250);
 /// How long one ping may take to be written; more means that the network is gone.
 const PING_WRITE: Duration = Duration::from_secs(5);
 
-/// How long a leg that is told to go may take to hear it, when nothing is owed to it.
+/// How long a leg that is told to go may take to hear it, when nothing is owed to it; and to end its connection.
 pub(crate) const FAREWELL: Duration = Duration::from_secs(5);
 
 /// Keeps a leg until the other one comes. It is not read, but pinged, and its end is noticed all the same.
@@ -99,18 +99,14 @@ pub async fn dismiss(mut leg: Leg, reason: CloseReason) {
     let told = async {
         leg.io.write_all(&farewell).await?;
         leg.io.flush().await?;
-        linger(&mut leg.io).await
+        leg.io.shutdown().await?;
+        // Read until the peer ends its own direction, so that no reset eats what was sent last.
+        let mut sink = vec![0; 4096];
+        while leg.io.read(&mut sink).await? > 0 {}
+        std::io::Result::Ok(())
     };
     // A leg that does not listen is dropped all the same.
     let _ = timeout(FAREWELL, told).await;
-}
-
-/// Ends the sending direction and reads until the peer ends its own, so that no reset eats what was sent last.
-pub(crate) async fn linger<IO: AsyncRead + AsyncWrite + Unpin>(io: &mut IO) -> std::io::Result<()> {
-    io.shutdown().await?;
-    let mut sink = vec![0; 4096];
-    while io.read(&mut sink).await? > 0 {}
-    Ok(())
 }
 
 async fn send_ping(io: &mut Connection) -> bool {

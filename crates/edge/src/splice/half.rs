@@ -2,6 +2,7 @@
 
 use std::{
     cell::RefCell,
+    future::poll_fn,
     io,
     pin::Pin,
     task::{Context, Poll, ready},
@@ -12,8 +13,8 @@ use bytes::Bytes;
 use midspan_core::{
     close::CloseReason,
     frame::{
-        CloseFrame, Control, FrameError, FrameReader, HEADER_MAX, HEADROOM, HOLD, Opcode, Passage, Sender,
-        Stop, put_close, put_frame,
+        CloseFrame, Control, Event, FrameError, FrameReader, HEADER_MAX, HEADROOM, HOLD, Opcode, Passage,
+        Sender, Stop, put_close, put_frame,
     },
     id::Role,
 };
@@ -25,12 +26,9 @@ use tokio::{
 
 use super::{
     Cause,
-    shared::{READ_MOST, Shared},
+    shared::{Kept, READ_MOST, Shared},
 };
-use crate::{
-    leg::{FAREWELL, linger},
-    vitals::Seen,
-};
+use crate::{leg::FAREWELL, vitals::Seen};
 
 /// A leg that owes this much output is not read from, not even for the pings that it sends.
 const OUTPUT_MAX: usize = 64 * 1024;
@@ -73,9 +71,9 @@ impl Pipe for DuplexStream {
 /// How long a leg may take for what it is owed at the end.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Patience {
-    /// Without taking a byte.
+    /// Without taking a byte; and again, once the network has everything, to answer the close frame.
     pub(super) pause: Duration,
-    /// In all.
+    /// In all, until the network has everything.
     pub(super) whole: Duration,
 }
 
@@ -101,6 +99,12 @@ pub(super) struct Half<IO> {
     blocked: Option<Instant>,
     /// How much is read from it at once: less while its peer does not take that much.
     appetite: usize,
+    /// Whether a message was ever passed on to it.
+    addressed: bool,
+    /// Whether its close frame came, or something that is no frame: it has nothing more to say.
+    closed: bool,
+    /// Whether the relay has ended its own direction.
+    shut: bool,
     /// Bytes of payload that came from it.
     pub(super) payload: u64,
     /// Messages that came from it.
@@ -125,6 +129,9 @@ impl<IO: Pipe> Half<IO> {
             unflushed: false,
             blocked: None,
             appetite: APPETITE_LEAST,
+            addressed: false,
+            closed: false,
+            shut: false,
             payload: 0,
             messages: 0,
             counted: (0, 0),
@@ -185,6 +192,7 @@ impl<IO: Pipe> Half<IO> {
             self.keep(&scratch[passage.rest()]);
             if !passage.output().is_empty() {
                 to.seen.sent = true;
+                to.addressed = true;
                 to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
                 if to.owes() {
                     self.appetite = (self.appetite / 2).max(APPETITE_LEAST);
@@ -204,6 +212,7 @@ impl<IO: Pipe> Half<IO> {
         (self.hold, self.waited, self.wanted) = (true, false, 0);
         loop {
             let stop = self.reader.pass(buffer, passage, hold);
+            self.closed = matches!(stop, Err(_) | Ok(Stop::Control(Control::Close(_))));
             match stop.map_err(|error| Cause::Protocol(role, error))? {
                 Stop::Starved { wanted } => {
                     // Not zero: the next look comes after the next read.
@@ -296,10 +305,22 @@ impl<IO: Pipe> Half<IO> {
 
     /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
     pub(super) async fn deliver(&mut self, patience: Patience, shared: &Shared) {
+        let mut kept = Kept::new(shared.clone());
+        let mut input = std::mem::take(&mut self.input);
+        let used = self.discard(&mut input);
+        self.wanted = 0;
+        self.keep(&input[used..]);
+        drop(input);
         let delivered = async {
             loop {
                 self.seen.took = false;
-                let drained = std::future::poll_fn(|cx| self.poll_drain_discarding(shared, cx));
+                let drained = poll_fn(|cx| {
+                    // A peer that is itself blocked in writing would never get to read.
+                    let heard = self.poll_discard(cx);
+                    let drained = self.poll_drain(shared, cx);
+                    kept.set(self.kept());
+                    if let Poll::Ready(Err(error)) = heard { Poll::Ready(Err(error)) } else { drained }
+                });
                 match timeout(patience.pause, drained).await {
                     Ok(drained) => return drained.is_ok(),
                     Err(_) if self.seen.took => {}
@@ -308,30 +329,71 @@ impl<IO: Pipe> Half<IO> {
             }
         };
         if timeout(patience.whole, delivered).await == Ok(true) {
-            // The peer may end at its leisure, but not for ever.
-            let _ = timeout(FAREWELL, linger(&mut self.io)).await;
+            self.linger(patience).await;
         }
     }
 
-    fn poll_drain_discarding(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        // A peer that is itself blocked in writing would never get to read.
-        let discarded = with_scratch(|scratch| {
+    /// Ends the sending direction, and reads until the peer has ended its own, so that no reset eats what was sent last.
+    ///
+    /// A socket that is dropped resets the connection as soon as the peer sends more, and with that goes whatever the
+    /// network still holds for it. A peer has surely read all of that only when it has answered the close frame.
+    async fn linger(&mut self, patience: Patience) {
+        let answer = if self.addressed { patience.pause } else { FAREWELL };
+        let answered = poll_fn(|cx| match self.poll_end(cx) {
+            Poll::Pending if !self.closed => Poll::Pending,
+            Poll::Pending => Poll::Ready(Ok(())),
+            Poll::Ready(ended) => Poll::Ready(ended),
+        });
+        if matches!(timeout(answer, answered).await, Ok(Ok(()))) {
+            // The peer may end at its leisure, but not for ever.
+            let _ = timeout(FAREWELL, poll_fn(|cx| self.poll_end(cx))).await;
+        }
+    }
+
+    /// Ends the sending direction, and drops what comes in. Ready once both directions are at their end.
+    fn poll_end(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        let ended = self.poll_discard(cx)?;
+        if !self.shut {
+            ready!(Pin::new(&mut self.io).poll_shutdown(cx))?;
+            self.shut = true;
+        }
+        ended.map(Ok)
+    }
+
+    /// Drops what comes in, and notes a close frame. Ready at the end of what comes in.
+    fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        with_scratch(|scratch| {
             for _ in 0..2 {
-                let mut buffer = ReadBuf::new(scratch);
-                match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
-                    Poll::Ready(Ok(())) if buffer.filled().is_empty() => return Ok(()),
-                    Poll::Ready(Ok(())) => {}
-                    Poll::Ready(Err(error)) => return Err(error),
-                    Poll::Pending => return Ok(()),
+                let start = self.input.len();
+                let mut buffer = ReadBuf::new(&mut scratch[start..]);
+                ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
+                let end = start + buffer.filled().len();
+                if end == start {
+                    return Poll::Ready(Ok(()));
                 }
+                scratch[..start].copy_from_slice(&self.input);
+                let used = self.discard(&mut scratch[..end]);
+                self.keep(&scratch[used..end]);
             }
             cx.waker().wake_by_ref();
-            Ok(())
-        });
-        if let Err(error) = discarded {
-            return Poll::Ready(Err(error));
+            Poll::Pending
+        })
+    }
+
+    /// Drops frames up to the close frame, and all that comes after it; says how many bytes that is.
+    fn discard(&mut self, input: &mut [u8]) -> usize {
+        let mut used = 0;
+        while !self.closed {
+            match self.reader.next(&mut input[used..]) {
+                Ok(None) => return used,
+                Ok(Some((taken, event))) => {
+                    used += taken;
+                    self.closed = matches!(event, Event::Control(Control::Close(_)));
+                }
+                Err(_) => self.closed = true,
+            }
         }
-        self.poll_drain(shared, cx)
+        input.len()
     }
 
     pub(super) fn put_ping(&mut self) {

@@ -182,7 +182,9 @@ impl<IO: Pipe> Splice<IO> {
         let Self { mut service, mut device, kept, vitals } = self;
         let limits = vitals.limits();
         let patience = Patience { pause: limits.close, whole: limits.stall.max(limits.close) };
-        let shared = kept.shared();
+        let shared = &kept.shared().clone();
+        // From now on, each leg keeps an account of its own.
+        drop(kept);
         match ending.0 {
             Cause::Closed { code, text, .. } => {
                 let frame = CloseFrame { code, text: &text };
