@@ -52,7 +52,7 @@ fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
 
 /// A connection that a splice can move bytes through.
 pub trait Pipe: AsyncRead + AsyncWrite + Unpin {
-    /// How many bytes it keeps of what was written to it.
+    /// How many bytes it keeps, of what was written to it and of what came in.
     fn backlog(&self) -> usize;
 }
 
@@ -178,6 +178,7 @@ impl<IO: Pipe> Half<IO> {
                 self.seen.heard = true;
                 end += read;
                 if self.hold && self.input.len() + read < self.wanted {
+                    self.input.reserve_exact(self.wanted - self.input.len());
                     self.input.extend_from_slice(&scratch[start..end]);
                     return Ok(read);
                 }
@@ -189,7 +190,7 @@ impl<IO: Pipe> Half<IO> {
             self.payload += passage.payload();
             self.messages += passage.messages();
             self.seen.payload |= passage.payload() > 0;
-            self.keep(&scratch[passage.rest()]);
+            self.input = scratch[passage.rest()].to_vec();
             if !passage.output().is_empty() {
                 to.seen.sent = true;
                 to.addressed = true;
@@ -230,19 +231,6 @@ impl<IO: Pipe> Half<IO> {
             if self.is_full() {
                 return Ok(());
             }
-        }
-    }
-
-    /// Keeps what could not be passed on.
-    fn keep(&mut self, rest: &[u8]) {
-        if rest.is_empty() {
-            if self.input.capacity() > 0 {
-                self.input = Vec::new();
-            }
-        } else {
-            self.input.clear();
-            self.input.reserve_exact(rest.len().max(self.wanted.min(HOLD + HEADER_MAX)));
-            self.input.extend_from_slice(rest);
         }
     }
 
@@ -308,9 +296,7 @@ impl<IO: Pipe> Half<IO> {
         let mut kept = Kept::new(shared.clone());
         let mut input = std::mem::take(&mut self.input);
         let used = self.discard(&mut input);
-        self.wanted = 0;
-        self.keep(&input[used..]);
-        drop(input);
+        self.input = input.split_off(used);
         let delivered = async {
             loop {
                 self.seen.took = false;
@@ -373,7 +359,7 @@ impl<IO: Pipe> Half<IO> {
                 }
                 scratch[..start].copy_from_slice(&self.input);
                 let used = self.discard(&mut scratch[..end]);
-                self.keep(&scratch[used..end]);
+                self.input = scratch[used..end].to_vec();
             }
             cx.waker().wake_by_ref();
             Poll::Pending

@@ -13,7 +13,10 @@ pub(super) const READ_MOST: usize = 1024 * 1024;
 pub(super) const READ_LEAST: usize = 4 * 1024;
 
 /// A read may take this part of the room that is left, so that many streams find some.
-const READ_SHARE: usize = 16;
+const READ_SHARE: usize = 64;
+
+/// Frames are held while more than this part of the room is left.
+const HOLD_SHARE: usize = 16;
 
 /// What all streams of a process share.
 #[derive(Debug, Clone)]
@@ -91,7 +94,7 @@ impl Shared {
 
     /// Whether a frame may be held until it is whole.
     pub(super) fn may_hold(&self) -> bool {
-        self.room() > self.0.limit / READ_SHARE
+        self.room() > self.0.limit / HOLD_SHARE
     }
 
     fn room(&self) -> usize {
@@ -148,7 +151,7 @@ mod tests {
             shared.read_size()
         };
         assert_eq!(read_size(0), MIB);
-        assert_eq!(read_size(56 * MIB), MIB / 2);
+        assert_eq!(read_size(32 * MIB), MIB / 2);
         assert_eq!(read_size(64 * MIB), READ_LEAST);
         assert_eq!(read_size(80 * MIB), READ_LEAST);
         assert!(!shared.may_hold());

@@ -24,8 +24,12 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 /// The most that is read from the socket at once, in bytes.
 const READ: usize = 256 * 1024;
 
-/// The least: a whole record, so that small reads of the caller do not make small reads of the socket.
-const READ_LEAST: usize = 17 * 1024;
+/// The least that is read from the socket at once, in bytes.
+const READ_LEAST: usize = 1024;
+
+/// A read goes on to here, in bytes from the start of a record: behind its end, so that small reads of the caller do not
+/// make small reads of the socket.
+const WHOLE: usize = 17 * 1024;
 
 /// The most payload that is sealed and written at once, in bytes.
 const SEAL: usize = 256 * 1024;
@@ -118,9 +122,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         &self.socket
     }
 
-    /// How many bytes it keeps of what was written to it.
+    /// How many bytes it keeps, of what was written to it and of what came in.
     pub fn backlog(&self) -> usize {
-        self.outgoing.capacity()
+        self.outgoing.capacity() + self.incoming.capacity() + self.opened.capacity()
     }
 
     fn poll_handshake(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
@@ -139,7 +143,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Reads from the socket once, and opens what is whole into `reader`.
     fn poll_open(&mut self, cx: &mut Context<'_>, reader: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         let kept = self.incoming.len();
-        let room = reader.remaining().clamp(READ_LEAST, READ);
+        let room = reader.remaining().max(WHOLE.saturating_sub(kept)).clamp(READ_LEAST, READ);
         with_buffer(&OPENED, kept + room, |buffer| {
             let mut read = ReadBuf::new(&mut buffer[kept..kept + room]);
             ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
@@ -149,7 +153,8 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             }
             buffer[..kept].copy_from_slice(&self.incoming);
             let (used, processed) = self.process(&mut buffer[..end], reader, &mut |_| Ok(()));
-            self.keep_incoming(&buffer[used..end]);
+            // No more than that: thousands of streams may keep the start of a record for long.
+            self.incoming = buffer[used..end].to_vec();
             Poll::Ready(processed.map_err(broken))
         })
     }
@@ -178,6 +183,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                         let fits = record.payload.len().min(reader.remaining());
                         let (now, later) = record.payload.split_at(fits);
                         reader.put_slice(now);
+                        self.opened.reserve_exact(later.len());
                         self.opened.extend_from_slice(later);
                     }
                     false
@@ -239,15 +245,6 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
         self.incoming = records;
         processed.map_err(broken)?;
         if called { Ok(()) } else { Err(io::ErrorKind::BrokenPipe.into()) }
-    }
-
-    fn keep_incoming(&mut self, rest: &[u8]) {
-        if rest.is_empty() {
-            self.incoming = Vec::new();
-        } else {
-            self.incoming.clear();
-            self.incoming.extend_from_slice(rest);
-        }
     }
 
     /// Writes what is outgoing.
