@@ -51,7 +51,7 @@ pub struct StreamFacts {
     /// What it is for.
     pub name: StreamName,
     /// The service credential.
-    pub credential: String,
+    pub credential: Box<str>,
     /// When that credential ends.
     pub credential_expires: UnixTime,
     /// What its traces are found by.
@@ -131,7 +131,7 @@ impl Pairing {
                 stream: ticket.stream,
                 address: ticket.address.clone(),
                 name: ticket.name.clone(),
-                credential: ticket.credential.clone(),
+                credential: ticket.credential.as_str().into(),
                 credential_expires: ticket.credential_expires,
                 trace: ticket.trace,
                 first_leg: now,

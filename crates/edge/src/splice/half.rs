@@ -93,10 +93,8 @@ pub(super) struct Half<IO> {
     hold: bool,
     /// Whether `input` was there at the last tick.
     waited: bool,
-    output: Vec<u8>,
-    written: usize,
-    unflushed: bool,
-    blocked: Option<Instant>,
+    /// What it has to be sent, if anything: apart, because a leg that is owed nothing is to be small.
+    owed: Option<Box<Owed>>,
     /// How much is read from it at once: less while its peer does not take that much.
     appetite: usize,
     /// Whether a message was ever passed on to it.
@@ -107,11 +105,26 @@ pub(super) struct Half<IO> {
     shut: bool,
     /// Bytes of payload that came from it.
     pub(super) payload: u64,
-    /// Messages that came from it.
-    messages: u64,
-    /// Of both, what the counters know already.
-    counted: (u64, u64),
+    /// How much of it the counters do not know yet.
+    uncounted_payload: u64,
+    /// How many messages they do not know yet.
+    uncounted_messages: u64,
     seen: Seen,
+}
+
+/// Bytes that wait to be sent.
+#[derive(Default)]
+struct Owed {
+    bytes: Vec<u8>,
+    written: usize,
+    /// Since when the connection takes none of them.
+    blocked: Option<Instant>,
+}
+
+impl Owed {
+    fn left(&self) -> &[u8] {
+        &self.bytes[self.written..]
+    }
 }
 
 impl<IO: Pipe> Half<IO> {
@@ -124,17 +137,14 @@ impl<IO: Pipe> Half<IO> {
             wanted: 0,
             hold: true,
             waited: false,
-            output: Vec::new(),
-            written: 0,
-            unflushed: false,
-            blocked: None,
+            owed: None,
             appetite: APPETITE_LEAST,
             addressed: false,
             closed: false,
             shut: false,
             payload: 0,
-            messages: 0,
-            counted: (0, 0),
+            uncounted_payload: 0,
+            uncounted_messages: 0,
             seen: Seen::default(),
         }
     }
@@ -188,7 +198,8 @@ impl<IO: Pipe> Half<IO> {
             let translated = self.translate(scratch, &mut passage, shared.may_hold());
             // What stands before a close frame or a mistake goes out all the same.
             self.payload += passage.payload();
-            self.messages += passage.messages();
+            self.uncounted_payload += passage.payload();
+            self.uncounted_messages += passage.messages();
             self.seen.payload |= passage.payload() > 0;
             self.input = scratch[passage.rest()].to_vec();
             if !passage.output().is_empty() {
@@ -221,7 +232,7 @@ impl<IO: Pipe> Half<IO> {
                     return Ok(());
                 }
                 Stop::Control(Control::Ping(payload)) => {
-                    put_frame(&mut self.output, Opcode::Pong, true, payload);
+                    put_frame(self.output(), Opcode::Pong, true, payload);
                 }
                 Stop::Control(Control::Pong) => self.seen.ponged = true,
                 Stop::Control(Control::Close(CloseFrame { code, text })) => {
@@ -251,43 +262,39 @@ impl<IO: Pipe> Half<IO> {
             }
         }
         self.seen.took |= sent > 0;
-        self.unflushed = match Pin::new(&mut self.io).poll_flush(cx) {
-            Poll::Ready(flushed) => {
-                flushed?;
-                false
-            }
-            Poll::Pending => true,
-        };
-        self.output.extend_from_slice(&bytes[sent..]);
-        if self.owes() {
-            self.blocked = self.blocked.or(Some(clock::now()));
+        // TLS keeps what the socket does not take at once.
+        let flushed = Pin::new(&mut self.io).poll_flush(cx)?;
+        if sent < bytes.len() || flushed.is_pending() {
+            let owed = self.owed.get_or_insert_default();
+            owed.bytes.extend_from_slice(&bytes[sent..]);
+            owed.blocked = owed.blocked.or(Some(clock::now()));
         }
         Ok(())
     }
 
+    /// Where what it has to be sent is put.
+    fn output(&mut self) -> &mut Vec<u8> {
+        &mut self.owed.get_or_insert_default().bytes
+    }
+
     /// Writes what this leg is owed. Ready once nothing is.
     fn poll_drain(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        while self.written < self.output.len() {
-            let written = ready!(Pin::new(&mut self.io).poll_write(cx, &self.output[self.written..]))?;
+        let Some(owed) = &mut self.owed else { return Poll::Ready(Ok(())) };
+        while !owed.left().is_empty() {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, owed.left()))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            self.written += written;
-            self.seen.took = true;
-            self.unflushed = true;
-        }
-        if self.written > 0 {
-            (self.output, self.written) = (Vec::new(), 0);
-        }
-        if self.unflushed {
-            // TLS keeps what the socket does not take at once.
-            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
-            self.unflushed = false;
+            owed.written += written;
             self.seen.took = true;
         }
-        if let Some(since) = self.blocked.take() {
+        (owed.bytes, owed.written) = (Vec::new(), 0);
+        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+        self.seen.took = true;
+        if let Some(since) = owed.blocked {
             shared.leg(self.role).blocked_for(clock::now().saturating_duration_since(since));
         }
+        self.owed = None;
         Poll::Ready(Ok(()))
     }
 
@@ -384,12 +391,12 @@ impl<IO: Pipe> Half<IO> {
 
     pub(super) fn put_ping(&mut self) {
         if !self.is_full() {
-            put_frame(&mut self.output, Opcode::Ping, true, b"");
+            put_frame(self.output(), Opcode::Ping, true, b"");
         }
     }
 
     pub(super) fn put_close(&mut self, frame: CloseFrame<'_>) {
-        put_close(&mut self.output, frame);
+        put_close(self.output(), frame);
     }
 
     /// Tells this leg why the stream is over; with the error, if it is this leg's.
@@ -402,16 +409,17 @@ impl<IO: Pipe> Half<IO> {
     }
 
     pub(super) fn owes(&self) -> bool {
-        self.written < self.output.len() || self.unflushed
+        self.owed.is_some()
     }
 
     fn is_full(&self) -> bool {
-        self.output.len() - self.written >= OUTPUT_MAX
+        self.owed.as_ref().is_some_and(|owed| owed.left().len() >= OUTPUT_MAX)
     }
 
     /// How much memory its bytes take.
     pub(super) fn kept(&self) -> usize {
-        self.input.capacity() + self.output.capacity() + self.io.backlog()
+        let output = self.owed.as_ref().map_or(0, |owed| owed.bytes.capacity());
+        self.input.capacity() + output + self.io.backlog()
     }
 
     /// Lets a tick pass: the start of a frame that was there at the last one already goes out as a fragment.
@@ -424,12 +432,10 @@ impl<IO: Pipe> Half<IO> {
 
     /// Brings the counters up to date.
     pub(super) fn count(&mut self, shared: &Shared) {
-        let (payload, messages) = self.counted;
         let to = shared.leg(self.role.peer());
-        to.payload.inc_by(self.payload - payload);
-        to.messages.inc_by(self.messages - messages);
-        self.counted = (self.payload, self.messages);
-        if let Some(since) = &mut self.blocked {
+        to.payload.inc_by(std::mem::take(&mut self.uncounted_payload));
+        to.messages.inc_by(std::mem::take(&mut self.uncounted_messages));
+        if let Some(since) = self.owed.as_mut().and_then(|owed| owed.blocked.as_mut()) {
             let now = clock::now();
             shared.leg(self.role).blocked_for(now.saturating_duration_since(*since));
             *since = now;
