@@ -26,7 +26,7 @@ use crate::{
     backoff::{Backoff, after_goodbye},
     clock::difference,
     http::{Options, Relay, SetupError},
-    leg::{self, Stream},
+    leg::Stream,
     link::{Link, LinkEnd, LinkEvent},
 };
 
@@ -312,9 +312,9 @@ async fn serve<H: Handler>(
     tell.send_replace(Some(FromDevice::Accept { request, capabilities: capabilities.clone() }));
     let trace = invitation.traceparent.trace_id();
     info!(%stream, %name, %trace, "accepted a stream");
-    match relay.leg(&invitation.url, &invitation.ticket, leg::config()).await {
-        Ok(socket) => {
-            let stream = Stream::new(stream, socket, &capabilities, &invitation.capabilities);
+    match relay.leg(&invitation.url, &invitation.ticket).await {
+        Ok(leg) => {
+            let stream = Stream::new(stream, leg, &capabilities, &invitation.capabilities);
             handler.serve(accepted, stream).await;
         }
         Err(error) => warn!(%stream, %name, "this end of the stream failed: {error}"),

@@ -148,6 +148,13 @@ impl RequestError {
     }
 }
 
+/// A connection that speaks WebSocket from here on.
+pub(crate) struct Upgraded {
+    pub(crate) connection: Connection,
+    /// What came with the answer to the upgrade.
+    pub(crate) early: Bytes,
+}
+
 /// One relay, as one identity.
 #[derive(Debug)]
 pub(crate) struct Relay {
@@ -220,29 +227,27 @@ impl Relay {
         let request = Request::builder()
             .header(header::AUTHORIZATION, self.credential()?)
             .header(header::SEC_WEBSOCKET_PROTOCOL, subprotocol);
-        let (socket, head) = self.upgrade(&self.uri(path)?, request, config).await?;
+        let (link, head) = self.upgrade(&self.uri(path)?, request).await?;
         let agreed = head.headers.get(header::SEC_WEBSOCKET_PROTOCOL).map(HeaderValue::as_bytes);
         if agreed == Some(subprotocol.as_bytes()) {
-            return Ok(socket);
+            let early = link.early.into();
+            let link =
+                WebSocketStream::from_partially_read(link.connection, early, Role::Client, Some(config));
+            return Ok(link.await);
         }
         let reason = format!("it does not speak {subprotocol}");
         Err(RequestError::Answer { authority: self.connection.host.clone(), reason })
     }
 
     /// Opens a leg with its ticket. A dial that breaks on the way is repeated: until the legs are joined, the ticket stays good.
-    pub(crate) async fn leg(
-        &self,
-        url: &str,
-        ticket: &SecretString,
-        config: WebSocketConfig,
-    ) -> Result<WebSocketStream<Connection>, RequestError> {
+    pub(crate) async fn leg(&self, url: &str, ticket: &SecretString) -> Result<Upgraded, RequestError> {
         let uri = leg_uri(url).ok_or_else(|| RequestError::Url(url.to_owned()))?;
         let bearer = SecretString::from(format!("Bearer {}", ticket.expose_secret()));
         let mut pauses = LEG_PAUSES.into_iter();
         loop {
             let request = Request::builder().header(header::AUTHORIZATION, secret_header(&bearer)?);
-            match Box::pin(self.upgrade(&uri, request, config)).await {
-                Ok((socket, _)) => return Ok(socket),
+            match Box::pin(self.upgrade(&uri, request)).await {
+                Ok((leg, _)) => return Ok(leg),
                 Err(error) if !error.is_broken_dial() => return Err(error),
                 Err(error) => match pauses.next() {
                     None => return Err(error),
@@ -259,8 +264,7 @@ impl Relay {
         &self,
         uri: &Uri,
         request: request::Builder,
-        config: WebSocketConfig,
-    ) -> Result<(WebSocketStream<Connection>, response::Parts), RequestError> {
+    ) -> Result<(Upgraded, response::Parts), RequestError> {
         let key = generate_key();
         let request = request
             .header(header::CONNECTION, "Upgrade")
@@ -274,10 +278,7 @@ impl Relay {
                     let reason = "its Sec-WebSocket-Accept does not fit".to_owned();
                     return Err(RequestError::Answer { authority: authority(uri), reason });
                 }
-                let read = read.to_vec();
-                let socket =
-                    WebSocketStream::from_partially_read(connection, read, Role::Client, Some(config)).await;
-                Ok((socket, head))
+                Ok((Upgraded { connection, early: read }, head))
             }
             Exchanged::Answer(head, body) => Err(self.refusal(uri, &head, &body)),
         }

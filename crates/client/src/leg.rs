@@ -3,28 +3,21 @@
 use std::{fmt, io, time::Duration};
 
 use bytes::Bytes;
-use futures_util::{SinkExt as _, StreamExt as _};
 use midspan_core::{
     capability::{Capabilities, HALF_CLOSE},
+    frame::FrameError,
     id::StreamId,
-    link::close_text,
 };
 use thiserror::Error;
 use tokio::{
     io::{AsyncRead, AsyncWrite},
     net::TcpStream,
-    time::timeout,
-};
-use tokio_tungstenite::{
-    WebSocketStream,
-    tungstenite::{
-        self,
-        protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode},
-    },
 };
 
 use crate::{
     dial::{Connection, describe},
+    http::Upgraded,
+    messages::Messages,
     proxy::{Traffic, linger, pump},
 };
 
@@ -33,7 +26,7 @@ use crate::{
 /// Dropping it without [`Stream::close`] ends the stream at once; the other end hears that the connection was lost.
 pub struct Stream {
     id: StreamId,
-    socket: WebSocketStream<Connection>,
+    messages: Messages<Connection>,
     half_close: bool,
 }
 
@@ -77,13 +70,9 @@ pub enum StreamError {
 }
 
 impl Stream {
-    pub(crate) fn new(
-        id: StreamId,
-        socket: WebSocketStream<Connection>,
-        own: &Capabilities,
-        peer: &Capabilities,
-    ) -> Self {
-        Self { id, socket, half_close: own.shared_with(peer).has(HALF_CLOSE) }
+    pub(crate) fn new(id: StreamId, leg: Upgraded, own: &Capabilities, peer: &Capabilities) -> Self {
+        let messages = Messages::new(leg.connection, leg.early.into());
+        Self { id, messages, half_close: own.shared_with(peer).has(HALF_CLOSE) }
     }
 
     /// The stream's id, as the relay's log and API have it.
@@ -97,60 +86,23 @@ impl Stream {
     }
 
     /// Sends one message, and waits while the other end does not read.
+    ///
+    /// When the future is dropped before its end, either nothing of the message is sent or all of it: the rest goes out
+    /// with the next call.
     pub async fn send(&mut self, message: Message) -> Result<(), StreamError> {
-        let message = match message {
-            Message::Text(text) => tungstenite::Message::text(text),
-            Message::Binary(data) => tungstenite::Message::Binary(data),
-        };
-        self.socket.send(message).await.map_err(StreamError::from)
+        self.messages.send(message).await
     }
 
     /// Receives one message, or nothing once the other end has closed in good order.
     ///
-    /// Pings while it waits, and gives up after 90 s.
+    /// Pings while it waits, and gives up after 90 s. Nothing is lost when the future is dropped before its end.
     pub async fn receive(&mut self) -> Result<Option<Message>, StreamError> {
-        let mut silent = Duration::ZERO;
-        loop {
-            let Ok(message) = timeout(PING_EVERY, self.socket.next()).await else {
-                silent += PING_EVERY;
-                if silent >= SILENCE {
-                    return Err(StreamError::Silent);
-                }
-                self.socket.send(tungstenite::Message::Ping(Bytes::new())).await?;
-                continue;
-            };
-            silent = Duration::ZERO;
-            match message {
-                Some(Ok(tungstenite::Message::Text(text))) => {
-                    return Ok(Some(Message::Text(text.as_str().to_owned())));
-                }
-                Some(Ok(tungstenite::Message::Binary(data))) => return Ok(Some(Message::Binary(data))),
-                Some(Ok(tungstenite::Message::Close(frame))) => {
-                    // The answer to the close frame is a courtesy that the relay does not depend on.
-                    let _ = timeout(CLOSE_WAIT, self.socket.flush()).await;
-                    return StreamError::of_close(frame).map_or(Ok(None), Err);
-                }
-                Some(Ok(_)) => {}
-                Some(Err(error)) => return Err(error.into()),
-                None => return Err(StreamError::no_close_frame()),
-            }
-        }
+        self.messages.receive().await
     }
 
     /// Closes in good order: all that was sent arrives before the other end hears of it.
-    pub async fn close(mut self, text: &str) {
-        let frame = CloseFrame { code: CloseCode::Normal, reason: close_text(text).to_owned().into() };
-        let closing = async {
-            self.socket.close(Some(frame)).await?;
-            while let Some(Ok(message)) = self.socket.next().await {
-                if message.is_close() {
-                    break;
-                }
-            }
-            Ok::<_, tungstenite::Error>(())
-        };
-        // Whoever closes has nothing more to lose: a failure changes nothing for it.
-        let _ = timeout(CLOSE_WAIT, closing).await;
+    pub async fn close(self, text: &str) {
+        self.messages.close(text).await;
     }
 
     /// Carries the bytes of a local TCP connection until both directions are over.
@@ -159,7 +111,7 @@ impl Stream {
     pub async fn proxy(self, mut local: TcpStream) -> Result<Traffic, StreamError> {
         let _ = local.set_nodelay(true);
         let (reader, writer) = local.split();
-        let result = pump(self.socket, reader, writer, self.half_close).await;
+        let result = pump(self.messages, reader, writer, self.half_close).await;
         match result {
             Ok(_) => linger(&mut local).await,
             // The socket may be gone already, and then there is nothing to reset.
@@ -174,7 +126,7 @@ impl Stream {
         R: AsyncRead + Unpin,
         W: AsyncWrite + Unpin,
     {
-        pump(self.socket, reader, writer, self.half_close).await
+        pump(self.messages, reader, writer, self.half_close).await
     }
 }
 
@@ -189,15 +141,14 @@ impl fmt::Debug for Stream {
 
 impl StreamError {
     /// What a close frame means; a clean one is no error.
-    pub(crate) fn of_close(frame: Option<CloseFrame>) -> Option<Self> {
-        match frame {
+    pub(crate) fn of_close(code: Option<u16>, text: String) -> Result<(), Self> {
+        match code {
             // Without a code is how a browser's `close()` closes.
-            None | Some(CloseFrame { code: CloseCode::Normal, .. }) => None,
-            Some(frame) => {
-                let text =
-                    if frame.reason.is_empty() { "no reason was given" } else { frame.reason.as_str() };
-                Some(Self::Ended { code: frame.code.into(), text: text.to_owned() })
+            None | Some(1000) => Ok(()),
+            Some(code) if text.is_empty() => {
+                Err(Self::Ended { code, text: "no reason was given".to_owned() })
             }
+            Some(code) => Err(Self::Ended { code, text }),
         }
     }
 
@@ -210,34 +161,23 @@ impl StreamError {
     }
 }
 
-impl From<tungstenite::Error> for StreamError {
-    #[expect(clippy::wildcard_enum_match_arm, reason = "every other failure keeps the library's words")]
-    fn from(error: tungstenite::Error) -> Self {
-        match error {
-            // TLS without its own end is how a process that was killed looks.
-            tungstenite::Error::Io(error) if error.kind() == io::ErrorKind::UnexpectedEof => {
-                Self::no_close_frame()
-            }
-            tungstenite::Error::Io(error) => Self::Lost(describe(&error)),
-            tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)
-            | tungstenite::Error::ConnectionClosed
-            | tungstenite::Error::AlreadyClosed => Self::no_close_frame(),
-            other => Self::Lost(other.to_string()),
+impl From<io::Error> for StreamError {
+    /// What a failure of the connection to the relay means.
+    fn from(error: io::Error) -> Self {
+        // TLS without its own end is how a process that was killed looks.
+        if error.kind() == io::ErrorKind::UnexpectedEof {
+            Self::no_close_frame()
+        } else {
+            Self::Lost(describe(&error))
         }
     }
 }
 
-/// What every leg is read and written with.
-pub(crate) fn config() -> WebSocketConfig {
-    WebSocketConfig::default()
-        .max_message_size(Some(MESSAGE_MAX))
-        .max_frame_size(Some(MESSAGE_MAX))
-        // Each message goes to TLS at once; flushing is what waits until the source has no more.
-        .write_buffer_size(0)
+impl From<FrameError> for StreamError {
+    fn from(error: FrameError) -> Self {
+        Self::Lost(format!("the relay broke the WebSocket protocol: {error}"))
+    }
 }
-
-/// The longest message that a leg takes.
-const MESSAGE_MAX: usize = 64 << 20;
 
 /// How often a leg is pinged when nothing comes.
 pub(crate) const PING_EVERY: Duration = Duration::from_secs(30);

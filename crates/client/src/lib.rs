@@ -24,10 +24,13 @@ mod clock;
 mod device;
 mod dial;
 mod exchange;
+mod frames;
 mod http;
 mod leg;
 mod link;
+mod messages;
 mod proxy;
+mod scratch;
 mod service;
 mod tls;
 

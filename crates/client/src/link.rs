@@ -16,7 +16,7 @@ use tokio::{
 use tokio_tungstenite::{
     WebSocketStream,
     tungstenite::{
-        Message,
+        self, Message,
         protocol::{CloseFrame, WebSocketConfig, frame::coding::CloseCode},
     },
 };
@@ -140,7 +140,7 @@ impl Link {
                             return LinkEnd::Lost(close_words(frame));
                         }
                         Some(Ok(_)) => {}
-                        Some(Err(error)) => return LinkEnd::Lost(StreamError::from(error).to_string()),
+                        Some(Err(error)) => return LinkEnd::Lost(lost(error)),
                         None => return LinkEnd::Lost(StreamError::no_close_frame().to_string()),
                     }
                     continue;
@@ -197,7 +197,7 @@ async fn next_message(socket: &mut Socket) -> Result<ToDevice, String> {
             }
             Some(Ok(Message::Close(frame))) => return Err(close_words(frame)),
             Some(Ok(_)) => {}
-            Some(Err(error)) => return Err(StreamError::from(error).to_string()),
+            Some(Err(error)) => return Err(lost(error)),
             None => return Err(StreamError::no_close_frame().to_string()),
         }
     }
@@ -214,6 +214,18 @@ async fn finish(socket: &mut Socket) {
         }
     };
     let _ = timeout(FINISH_WAIT, closing).await;
+}
+
+#[expect(clippy::wildcard_enum_match_arm, reason = "every other failure keeps the library's words")]
+fn lost(error: tungstenite::Error) -> String {
+    let error = match error {
+        tungstenite::Error::Io(error) => error.into(),
+        tungstenite::Error::Protocol(tungstenite::error::ProtocolError::ResetWithoutClosingHandshake)
+        | tungstenite::Error::ConnectionClosed
+        | tungstenite::Error::AlreadyClosed => StreamError::no_close_frame(),
+        other => StreamError::Lost(other.to_string()),
+    };
+    error.to_string()
 }
 
 fn close_words(frame: Option<CloseFrame>) -> String {

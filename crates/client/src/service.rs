@@ -21,7 +21,7 @@ use tracing::debug;
 
 use crate::{
     http::{CALL_TIMEOUT, Options, Relay, RequestError, SetupError},
-    leg::{self, Stream},
+    leg::Stream,
 };
 
 /// A service of one relay.
@@ -90,9 +90,8 @@ impl Service {
             .and_then(|body| self.relay.parse(&body))
             .map_err(OpenError::Request)?;
         debug!(stream = %grant.stream, trace = %grant.traceparent.trace_id(), "the device accepted");
-        let socket =
-            self.relay.leg(&grant.url, &grant.ticket, leg::config()).await.map_err(OpenError::Leg)?;
-        Ok(Stream::new(grant.stream, socket, &request.capabilities, &grant.capabilities))
+        let leg = self.relay.leg(&grant.url, &grant.ticket).await.map_err(OpenError::Leg)?;
+        Ok(Stream::new(grant.stream, leg, &request.capabilities, &grant.capabilities))
     }
 
     /// Lists the devices that the credential reaches and that are registered or connected.

@@ -1,7 +1,14 @@
 //! TLS towards the relay, with errors that say what to do.
 
-use std::{fmt, io, path::Path, sync::Arc};
+use std::{
+    fmt, io,
+    path::Path,
+    pin::Pin,
+    sync::Arc,
+    task::{Context, Poll, ready},
+};
 
+use bytes::{Buf as _, BytesMut};
 use midspan_core::time::UnixTime;
 use rustls::{
     CertificateError, ClientConfig, RootCertStore,
@@ -9,11 +16,13 @@ use rustls::{
     pki_types::{CertificateDer, ServerName, pem::PemObject as _},
 };
 use thiserror::Error;
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio_rustls::TlsConnector;
 
 use crate::{
     dial::{Connection, describe},
     http::SetupError,
+    scratch,
 };
 
 /// Whose word about the relay's certificate counts.
@@ -177,11 +186,85 @@ pub(crate) async fn connect(
         host: host.to_owned(),
         reason: "this is no host name that a certificate could hold".to_owned(),
     })?;
-    match TlsConnector::from(config).connect(name, connection).await {
-        Ok(stream) => Ok(Box::new(stream)),
+    match TlsConnector::from(config).connect(name, ReadAhead::new(connection)).await {
+        Ok(mut stream) => {
+            stream.get_mut().1.set_buffer_limit(Some(SEALED_MOST));
+            Ok(Box::new(stream))
+        }
         Err(error) => Err(TlsError::new(host, &error)),
     }
 }
+
+/// Reads much at once, where TLS asks for a record at a time. Has a buffer only for records that came with others.
+struct ReadAhead {
+    connection: Connection,
+    ahead: BytesMut,
+}
+
+impl ReadAhead {
+    fn new(connection: Connection) -> Self {
+        Self { connection, ahead: BytesMut::new() }
+    }
+}
+
+impl AsyncRead for ReadAhead {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        reader: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        let Self { connection, ahead } = &mut *self;
+        if !ahead.is_empty() {
+            let size = ahead.len().min(reader.remaining());
+            reader.put_slice(&ahead[..size]);
+            ahead.advance(size);
+            if ahead.is_empty() {
+                *ahead = BytesMut::new();
+            }
+            return Poll::Ready(Ok(()));
+        }
+        scratch::with(&scratch::RECORDS, READ_AHEAD, |buffer| {
+            let mut read = ReadBuf::new(buffer);
+            ready!(Pin::new(connection).poll_read(cx, &mut read))?;
+            let (now, later) = read.filled().split_at(read.filled().len().min(reader.remaining()));
+            reader.put_slice(now);
+            ahead.extend_from_slice(later);
+            Poll::Ready(Ok(()))
+        })
+    }
+}
+
+impl AsyncWrite for ReadAhead {
+    fn poll_write(mut self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        slices: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.connection).poll_write_vectored(cx, slices)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.connection.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.connection).poll_shutdown(cx)
+    }
+}
+
+/// The most that is read from the connection at once, in bytes.
+const READ_AHEAD: usize = 256 * 1024;
+
+/// The most payload that is sealed before it is written, in bytes.
+const SEALED_MOST: usize = 256 * 1024;
 
 fn at(time: Option<&UnixTime>) -> String {
     time.map_or_else(String::new, |time| format!(" {time}"))
@@ -195,8 +278,28 @@ fn readable_name(name: &str) -> String {
 #[cfg(test)]
 mod tests {
     use rustls::pki_types::UnixTime as PkiTime;
+    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _, duplex};
 
     use super::*;
+
+    #[tokio::test]
+    async fn what_is_read_ahead_comes_in_order_and_leaves_no_buffer() {
+        let data: Vec<u8> = (0..READ_AHEAD + 1000).map(|at| u8::try_from(at % 251).unwrap()).collect();
+        let (near, mut far) = duplex(data.len());
+        far.write_all(&data).await.unwrap();
+        drop(far);
+        let mut near = ReadAhead::new(Box::new(near));
+        let (mut read, mut buffer) = (Vec::new(), vec![0; 5000]);
+        for size in [1, 300, 5000].into_iter().cycle() {
+            let count = near.read(&mut buffer[..size]).await.unwrap();
+            if count == 0 {
+                break;
+            }
+            read.extend_from_slice(&buffer[..count]);
+        }
+        assert!(read == data, "{} bytes of {}", read.len(), data.len());
+        assert_eq!(near.ahead.capacity(), 0);
+    }
 
     #[test]
     fn certificate_errors_say_what_to_do() {
