@@ -72,8 +72,10 @@ pub(crate) async fn run(arguments: Arguments, global: &Global) -> Result<(), Fai
             let address = listener.local_addr()?;
             notice(&format!("listening on {address}"));
             tokio::select! {
-                () = opener.accept_all(listener) => Ok(()),
+                // Signals have to be listened for before the first stream is there to be ended.
+                biased;
                 stopped = stop_signal() => stopped,
+                () = opener.accept_all(listener) => Ok(()),
             }
         }
         None => opener.standard_streams().await,
@@ -154,8 +156,9 @@ impl Opener {
     async fn standard_streams(&self) -> Result<(), Failure> {
         let open = async { self.open().await.map_err(|error| Failure::opening(&self.device, &error)) };
         let stream = tokio::select! {
-            opened = open => opened?,
+            biased;
             stopped = stop_signal() => return stopped,
+            opened = open => opened?,
         };
         tokio::select! {
             result = stream.proxy_io(stdin(), StandardOutput(stdout())) => match result {

@@ -54,8 +54,10 @@ pub(super) async fn serve<H: Handler>(device: Device, handler: H) -> Result<(), 
         stop_signal().await
     };
     tokio::select! {
-        () = device.run(handler, stop.clone()) => Ok(()),
+        // Signals have to be listened for before the first stream is there to be ended.
+        biased;
         result = signals => result,
+        () = device.run(handler, stop.clone()) => Ok(()),
     }
 }
 
