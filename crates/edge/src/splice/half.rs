@@ -85,16 +85,12 @@ pub(super) struct Half<IO> {
     pub(super) role: Role,
     io: IO,
     reader: FrameReader,
-    /// The start of a frame that is not whole, or what a full leg has to wait with.
-    input: Vec<u8>,
-    /// How long `input` has to become for another look at it to be worth while; 0 for one look at once.
-    wanted: usize,
-    /// Whether `input` may be the start of a frame that is held; else it goes out as a fragment.
+    /// What waits, if anything: apart, because a leg with nothing that waits is to be small.
+    backlog: Option<Box<Backlog>>,
+    /// Whether its input may be the start of a frame that is held; else it goes out as a fragment.
     hold: bool,
-    /// Whether `input` was there at the last tick.
+    /// Whether its input was there at the last tick.
     waited: bool,
-    /// What it has to be sent, if anything: apart, because a leg that is owed nothing is to be small.
-    owed: Option<Box<Owed>>,
     /// How much is read from it at once: less while its peer does not take that much.
     appetite: usize,
     /// Whether a message was ever passed on to it.
@@ -112,18 +108,29 @@ pub(super) struct Half<IO> {
     seen: Seen,
 }
 
-/// Bytes that wait to be sent.
+/// Bytes that wait, from a leg or for it.
 #[derive(Default)]
-struct Owed {
-    bytes: Vec<u8>,
+struct Backlog {
+    /// The start of a frame that is not whole, or what a full leg has to wait with.
+    input: Vec<u8>,
+    /// How long `input` has to become for another look at it to be worth while; 0 for one look at once.
+    wanted: usize,
+    /// What is to be sent, from `written` on.
+    output: Vec<u8>,
     written: usize,
-    /// Since when the connection takes none of them.
+    /// Whether the connection itself still keeps something.
+    unflushed: bool,
+    /// Since when the connection takes nothing.
     blocked: Option<Instant>,
 }
 
-impl Owed {
+impl Backlog {
     fn left(&self) -> &[u8] {
-        &self.bytes[self.written..]
+        &self.output[self.written..]
+    }
+
+    fn owes(&self) -> bool {
+        self.unflushed || !self.left().is_empty()
     }
 }
 
@@ -133,11 +140,10 @@ impl<IO: Pipe> Half<IO> {
             role,
             io,
             reader: FrameReader::new(Sender::Client),
-            input: early.to_vec(),
-            wanted: 0,
+            backlog: (!early.is_empty())
+                .then(|| Box::new(Backlog { input: early.to_vec(), ..Backlog::default() })),
             hold: true,
             waited: false,
-            owed: None,
             appetite: APPETITE_LEAST,
             addressed: false,
             closed: false,
@@ -167,7 +173,7 @@ impl<IO: Pipe> Half<IO> {
             return Ok(0);
         }
         with_scratch(|scratch| {
-            let start = HEADROOM + self.input.len();
+            let start = HEADROOM + self.input().len();
             let read = if self.is_due() { 0 } else { shared.read_size().min(self.appetite) };
             let mut end = start;
             if scratch.len() < start + read {
@@ -187,21 +193,25 @@ impl<IO: Pipe> Half<IO> {
                 }
                 self.seen.heard = true;
                 end += read;
-                if self.hold && self.input.len() + read < self.wanted {
-                    self.input.reserve_exact(self.wanted - self.input.len());
-                    self.input.extend_from_slice(&scratch[start..end]);
+                if let Some(Backlog { input, wanted, .. }) = self.backlog.as_deref_mut()
+                    && self.hold
+                    && input.len() + read < *wanted
+                {
+                    input.reserve_exact(*wanted - input.len());
+                    input.extend_from_slice(&scratch[start..end]);
                     return Ok(read);
                 }
             }
-            scratch[HEADROOM..start].copy_from_slice(&self.input);
+            scratch[HEADROOM..start].copy_from_slice(self.input());
             let mut passage = Passage::new(HEADROOM..end);
-            let translated = self.translate(scratch, &mut passage, shared.may_hold());
+            let mut wanted = 0;
+            let translated = self.translate(scratch, &mut passage, shared.may_hold(), &mut wanted);
             // What stands before a close frame or a mistake goes out all the same.
             self.payload += passage.payload();
             self.uncounted_payload += passage.payload();
             self.uncounted_messages += passage.messages();
             self.seen.payload |= passage.payload() > 0;
-            self.input = scratch[passage.rest()].to_vec();
+            self.keep(&scratch[passage.rest()], wanted);
             if !passage.output().is_empty() {
                 to.seen.sent = true;
                 to.addressed = true;
@@ -217,18 +227,25 @@ impl<IO: Pipe> Half<IO> {
         })
     }
 
-    /// Turns frames of this leg into frames for the other, and answers its pings.
-    fn translate(&mut self, buffer: &mut [u8], passage: &mut Passage, may_hold: bool) -> Result<(), Cause> {
+    /// Turns frames of this leg into frames for the other, and answers its pings. What is left is worth another look
+    /// once it is `wanted` long.
+    fn translate(
+        &mut self,
+        buffer: &mut [u8],
+        passage: &mut Passage,
+        may_hold: bool,
+        wanted: &mut usize,
+    ) -> Result<(), Cause> {
         let role = self.role;
         let hold = may_hold && self.hold;
-        (self.hold, self.waited, self.wanted) = (true, false, 0);
+        (self.hold, self.waited) = (true, false);
         loop {
             let stop = self.reader.pass(buffer, passage, hold);
             self.closed = matches!(stop, Err(_) | Ok(Stop::Control(Control::Close(_))));
             match stop.map_err(|error| Cause::Protocol(role, error))? {
-                Stop::Starved { wanted } => {
+                Stop::Starved { wanted: length } => {
                     // Not zero: the next look comes after the next read.
-                    self.wanted = wanted.max(1);
+                    *wanted = length.max(1);
                     return Ok(());
                 }
                 Stop::Control(Control::Ping(payload)) => {
@@ -247,7 +264,19 @@ impl<IO: Pipe> Half<IO> {
 
     /// Whether there is input to look at without reading more.
     fn is_due(&self) -> bool {
-        !self.input.is_empty() && self.wanted == 0
+        self.backlog.as_deref().is_some_and(|backlog| !backlog.input.is_empty() && backlog.wanted == 0)
+    }
+
+    fn input(&self) -> &[u8] {
+        self.backlog.as_deref().map_or(&[], |backlog| &backlog.input)
+    }
+
+    /// Keeps what could not be passed on.
+    fn keep(&mut self, rest: &[u8], wanted: usize) {
+        if !rest.is_empty() || self.backlog.is_some() {
+            let backlog = self.backlog.get_or_insert_default();
+            (backlog.input, backlog.wanted) = (rest.to_vec(), wanted);
+        }
     }
 
     /// Writes to this leg, which owes nothing, and keeps what it does not take.
@@ -265,45 +294,50 @@ impl<IO: Pipe> Half<IO> {
         // TLS keeps what the socket does not take at once.
         let flushed = Pin::new(&mut self.io).poll_flush(cx)?;
         if sent < bytes.len() || flushed.is_pending() {
-            let owed = self.owed.get_or_insert_default();
-            owed.bytes.extend_from_slice(&bytes[sent..]);
-            owed.blocked = owed.blocked.or(Some(clock::now()));
+            let backlog = self.backlog.get_or_insert_default();
+            backlog.output.extend_from_slice(&bytes[sent..]);
+            backlog.unflushed = true;
+            backlog.blocked = backlog.blocked.or(Some(clock::now()));
         }
         Ok(())
     }
 
     /// Where what it has to be sent is put.
     fn output(&mut self) -> &mut Vec<u8> {
-        &mut self.owed.get_or_insert_default().bytes
+        &mut self.backlog.get_or_insert_default().output
     }
 
     /// Writes what this leg is owed. Ready once nothing is.
     fn poll_drain(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        let Some(owed) = &mut self.owed else { return Poll::Ready(Ok(())) };
-        while !owed.left().is_empty() {
-            let written = ready!(Pin::new(&mut self.io).poll_write(cx, owed.left()))?;
+        let Some(backlog) = self.backlog.as_deref_mut() else { return Poll::Ready(Ok(())) };
+        while !backlog.left().is_empty() {
+            let written = ready!(Pin::new(&mut self.io).poll_write(cx, backlog.left()))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
-            owed.written += written;
+            backlog.written += written;
+            backlog.unflushed = true;
             self.seen.took = true;
         }
-        (owed.bytes, owed.written) = (Vec::new(), 0);
-        ready!(Pin::new(&mut self.io).poll_flush(cx))?;
-        self.seen.took = true;
-        if let Some(since) = owed.blocked {
+        (backlog.output, backlog.written) = (Vec::new(), 0);
+        if backlog.unflushed {
+            ready!(Pin::new(&mut self.io).poll_flush(cx))?;
+            backlog.unflushed = false;
+            self.seen.took = true;
+        }
+        if let Some(since) = backlog.blocked.take() {
             shared.leg(self.role).blocked_for(clock::now().saturating_duration_since(since));
         }
-        self.owed = None;
         Poll::Ready(Ok(()))
     }
 
     /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
     pub(super) async fn deliver(&mut self, patience: Patience, shared: &Shared) {
         let mut kept = Kept::new(shared.clone());
-        let mut input = std::mem::take(&mut self.input);
+        let mut input = self.input().to_vec();
         let used = self.discard(&mut input);
-        self.input = input.split_off(used);
+        self.keep(&input[used..], 0);
+        drop(input);
         let delivered = async {
             loop {
                 self.seen.took = false;
@@ -357,16 +391,16 @@ impl<IO: Pipe> Half<IO> {
     fn poll_discard(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         with_scratch(|scratch| {
             for _ in 0..2 {
-                let start = self.input.len();
+                let start = self.input().len();
                 let mut buffer = ReadBuf::new(&mut scratch[start..]);
                 ready!(Pin::new(&mut self.io).poll_read(cx, &mut buffer))?;
                 let end = start + buffer.filled().len();
                 if end == start {
                     return Poll::Ready(Ok(()));
                 }
-                scratch[..start].copy_from_slice(&self.input);
+                scratch[..start].copy_from_slice(self.input());
                 let used = self.discard(&mut scratch[..end]);
-                self.input = scratch[used..end].to_vec();
+                self.keep(&scratch[used..end], 0);
             }
             cx.waker().wake_by_ref();
             Poll::Pending
@@ -409,25 +443,30 @@ impl<IO: Pipe> Half<IO> {
     }
 
     pub(super) fn owes(&self) -> bool {
-        self.owed.is_some()
+        self.backlog.as_deref().is_some_and(Backlog::owes)
     }
 
     fn is_full(&self) -> bool {
-        self.owed.as_ref().is_some_and(|owed| owed.left().len() >= OUTPUT_MAX)
+        self.backlog.as_deref().is_some_and(|backlog| backlog.left().len() >= OUTPUT_MAX)
     }
 
     /// How much memory its bytes take.
     pub(super) fn kept(&self) -> usize {
-        let output = self.owed.as_ref().map_or(0, |owed| owed.bytes.capacity());
-        self.input.capacity() + output + self.io.backlog()
+        let backlog =
+            self.backlog.as_deref().map_or(0, |backlog| backlog.input.capacity() + backlog.output.capacity());
+        backlog + self.io.backlog()
     }
 
     /// Lets a tick pass: the start of a frame that was there at the last one already goes out as a fragment.
     pub(super) fn tick(&mut self) {
+        let Some(backlog) = self.backlog.as_deref_mut() else { return };
         if self.waited {
-            (self.hold, self.wanted) = (false, 0);
+            (self.hold, backlog.wanted) = (false, 0);
         }
-        self.waited = !self.input.is_empty();
+        self.waited = !backlog.input.is_empty();
+        if !self.waited && !backlog.owes() {
+            self.backlog = None;
+        }
     }
 
     /// Brings the counters up to date.
@@ -435,7 +474,7 @@ impl<IO: Pipe> Half<IO> {
         let to = shared.leg(self.role.peer());
         to.payload.inc_by(std::mem::take(&mut self.uncounted_payload));
         to.messages.inc_by(std::mem::take(&mut self.uncounted_messages));
-        if let Some(since) = self.owed.as_mut().and_then(|owed| owed.blocked.as_mut()) {
+        if let Some(since) = self.backlog.as_deref_mut().and_then(|backlog| backlog.blocked.as_mut()) {
             let now = clock::now();
             shared.leg(self.role).blocked_for(now.saturating_duration_since(*since));
             *since = now;
