@@ -322,7 +322,7 @@ impl Connection {
         Ok(Self { transport, _held: held })
     }
 
-    /// How many bytes it keeps of what was written to it.
+    /// How many bytes it keeps, of what was written to it and of what came in.
     pub fn backlog(&self) -> usize {
         match &self.transport {
             Transport::Tcp(_) | Transport::Memory(_) => 0,

@@ -1,6 +1,11 @@
 //! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running.
 
+mod handshake;
+mod session;
 mod stream;
+
+#[cfg(test)]
+mod tests;
 
 pub use self::stream::TlsStream;
 
@@ -85,6 +90,8 @@ pub async fn server_config(
         .with_no_client_auth()
         .with_cert_resolver(resolver);
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    // See `session`.
+    config.enable_secret_extraction = true;
     Ok(Arc::new(config))
 }
 

@@ -1,0 +1,121 @@
+//! The handshake of a session, the server's end, over rustls' unbuffered API.
+
+use std::{io, sync::Arc};
+
+use rustls::{
+    ServerConfig,
+    server::{ServerConnectionData, UnbufferedServerConnection},
+    unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus},
+};
+use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+
+use super::session::{RECORD_MAX, Session, record};
+
+/// Does the handshake on `socket`, and gives the session and what has come after the handshake.
+///
+/// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must let secrets be extracted.
+pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    config: Arc<ServerConfig>,
+) -> io::Result<(Session, Vec<u8>)> {
+    let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
+    let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
+    // The library sees one record after the other, so that it opens none that comes after the handshake.
+    let mut seen = 0;
+    loop {
+        let (discard, step) = process(&mut connection, &mut incoming[..seen], &mut outgoing);
+        incoming.drain(..discard);
+        seen -= discard;
+        match step {
+            Step::Process => {}
+            Step::Read => {
+                send(socket, &mut outgoing).await?;
+                if seen == incoming.len() {
+                    incoming.reserve(RECORD_MAX);
+                    if socket.read_buf(&mut incoming).await? == 0 {
+                        return Err(truncated());
+                    }
+                }
+                // The library is to judge what is no record.
+                let next = record(&incoming[seen..]).ok().flatten().map_or(usize::MAX, |(_, size)| size);
+                seen = seen.saturating_add(next).min(incoming.len());
+            }
+            Step::Done => {
+                send(socket, &mut outgoing).await?;
+                let (secrets, keys) = connection.dangerous_into_kernel_connection().map_err(broken)?;
+                return Ok((Session::new(secrets, keys).map_err(broken)?, incoming));
+            }
+            Step::Failed(error) => {
+                // The peer is told why, if it still listens.
+                let _ = send(socket, &mut outgoing).await;
+                return Err(broken(error));
+            }
+        }
+    }
+}
+
+enum Step {
+    Process,
+    Read,
+    Done,
+    Failed(rustls::Error),
+}
+
+/// Lets the library look at `records`, and appends what it says to `outgoing`. Says how many bytes of `records` are used
+/// up.
+fn process(
+    connection: &mut UnbufferedServerConnection,
+    records: &mut [u8],
+    outgoing: &mut Vec<u8>,
+) -> (usize, Step) {
+    let size = records.len();
+    let UnbufferedStatus { discard, state } = connection.process_tls_records(records);
+    let step = match state {
+        Ok(ConnectionState::EncodeTlsData(data)) => {
+            encode(data, outgoing);
+            Step::Process
+        }
+        // It stands in `outgoing`, and leaves before anything else is read.
+        Ok(ConnectionState::TransmitTlsData(data)) => {
+            data.done();
+            Step::Process
+        }
+        Ok(ConnectionState::BlockedHandshake) => Step::Read,
+        // Bytes that are left would be the start of a message under keys that are no longer in use.
+        Ok(ConnectionState::WriteTraffic(_)) if discard == size => Step::Done,
+        Ok(_) => Step::Failed(rustls::Error::HandshakeNotComplete),
+        Err(error) => {
+            while let Ok(ConnectionState::EncodeTlsData(data)) = connection.process_tls_records(&mut []).state
+            {
+                encode(data, outgoing);
+            }
+            Step::Failed(error)
+        }
+    };
+    (discard, step)
+}
+
+fn encode(mut data: EncodeTlsData<'_, ServerConnectionData>, outgoing: &mut Vec<u8>) {
+    if let Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) = data.encode(&mut [])
+    {
+        let start = outgoing.len();
+        outgoing.resize(start + required_size, 0);
+        let size = data.encode(&mut outgoing[start..]).unwrap_or(0);
+        outgoing.truncate(start + size);
+    }
+}
+
+async fn send<S: AsyncWrite + Unpin>(socket: &mut S, outgoing: &mut Vec<u8>) -> io::Result<()> {
+    socket.write_all(outgoing).await?;
+    outgoing.clear();
+    socket.flush().await
+}
+
+pub(super) fn broken(error: rustls::Error) -> io::Error {
+    io::Error::new(io::ErrorKind::InvalidData, error)
+}
+
+/// The connection ended without `close_notify`, so that the end may be somebody else's doing (RFC 8446, section 6.1).
+pub(super) fn truncated() -> io::Error {
+    io::Error::new(io::ErrorKind::UnexpectedEof, "the connection ended without the end of its TLS session")
+}
