@@ -74,6 +74,9 @@ struct Properties<'a> {
 /// How many records may wait to be written.
 const QUEUE: usize = 4096;
 
+/// How long the first of some records waits for the others, so that they are written together.
+const GATHER: Duration = Duration::from_millis(50);
+
 impl ActivityLog {
     /// Writes records to `file`, or to standard output without one.
     pub async fn start(
@@ -95,6 +98,7 @@ impl ActivityLog {
         let (queue, mut records) = mpsc::channel::<String>(QUEUE);
         let (silent, failures) = (lifecycle.silent().clone(), lost.clone());
         lifecycle.spawn_recorder(Span::current(), async move {
+            let mut batch = String::new();
             loop {
                 let line = tokio::select! {
                     biased;
@@ -103,16 +107,22 @@ impl ActivityLog {
                     () = silent.cancelled() => records.try_recv().ok(),
                 };
                 let Some(line) = line else { break };
+                batch.push_str(&line);
+                // Each write goes through another thread; so one is made of all that comes in a moment.
+                let _ = tokio::time::timeout(GATHER, silent.cancelled()).await;
+                while let Ok(line) = records.try_recv() {
+                    batch.push_str(&line);
+                }
                 let written = async {
-                    sink.write_all(line.as_bytes()).await?;
-                    if records.is_empty() { sink.flush().await } else { Ok(()) }
+                    sink.write_all(batch.as_bytes()).await?;
+                    sink.flush().await
                 };
                 if let Err(error) = written.await {
-                    failures.inc();
-                    error!(%error, "an activity record could not be written");
+                    failures.inc_by(batch.lines().count() as u64);
+                    error!(%error, "activity records could not be written");
                 }
+                batch = String::new();
             }
-            let _ = tokio::time::timeout(Duration::from_secs(1), sink.flush()).await;
         });
         Ok(Self { queue, lost })
     }
