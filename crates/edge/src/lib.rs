@@ -8,6 +8,7 @@ mod edge;
 pub mod leg;
 mod metrics;
 mod milestones;
+mod moderation;
 pub mod pairing;
 mod settings;
 pub mod splice;

@@ -10,6 +10,8 @@ use tokio::{
     sync::oneshot,
 };
 
+use crate::moderation;
+
 /// Where joined streams run: at least one thread.
 #[derive(Debug)]
 pub struct DataThreads {
@@ -58,7 +60,11 @@ impl DataThreads {
 
 impl DataThread {
     fn start(number: usize) -> io::Result<Self> {
-        let runtime = Builder::new_current_thread().enable_all().build()?;
+        let runtime = Builder::new_current_thread()
+            .enable_all()
+            .on_thread_park(moderation::before_sleep)
+            .on_thread_unpark(moderation::after_sleep)
+            .build()?;
         let handle = runtime.handle().clone();
         let (stop, stopped) = oneshot::channel::<()>();
         thread::Builder::new().name(format!("midspan-data-{number}")).spawn(move || {

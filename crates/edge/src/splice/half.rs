@@ -28,7 +28,7 @@ use super::{
     Cause,
     shared::{Kept, READ_MOST, Shared},
 };
-use crate::{leg::FAREWELL, vitals::Seen};
+use crate::{leg::FAREWELL, moderation, vitals::Seen};
 
 /// A leg that owes this much output is not read from, not even for the pings that it sends.
 const OUTPUT_MAX: usize = 64 * 1024;
@@ -93,6 +93,8 @@ pub(super) struct Half<IO> {
     waited: bool,
     /// How much is read from it at once: less while its peer does not take that much.
     appetite: usize,
+    /// How often it was read from in a row, without anything from the other leg.
+    unanswered: u8,
     /// Whether a message was ever passed on to it.
     addressed: bool,
     /// Whether its close frame came, or something that is no frame: it has nothing more to say.
@@ -145,6 +147,7 @@ impl<IO: Pipe> Half<IO> {
             hold: true,
             waited: false,
             appetite: APPETITE_LEAST,
+            unanswered: 0,
             addressed: false,
             closed: false,
             shut: false,
@@ -192,6 +195,8 @@ impl<IO: Pipe> Half<IO> {
                     return Err(Cause::Lost(self.role));
                 }
                 self.seen.heard = true;
+                (self.unanswered, to.unanswered) = (self.unanswered.saturating_add(1), 0);
+                moderation::note(read, self.unanswered);
                 end += read;
                 if let Some(Backlog { input, wanted, .. }) = self.backlog.as_deref_mut()
                     && self.hold

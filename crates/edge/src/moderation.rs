@@ -1,0 +1,122 @@
+//! When a data thread lets small messages come together, as network cards do with interrupts.
+//!
+//! Messages that are sent one by one, faster than the thread can go to sleep, cost a sleep and a wake-up each: of this
+//! thread, and of the one that reads them at the other end. A thread that has only such messages, which nobody answers,
+//! rests for a moment before it looks for more; each of its reads then finds many, and they leave in one write. Where
+//! anything comes back, someone may be waiting for an answer, and nothing is held up.
+
+use std::{
+    cell::RefCell,
+    thread,
+    time::{Duration, Instant},
+};
+
+use midspan_platform::clock;
+
+/// A read of this many bytes is worth a wake-up.
+const WORTH: usize = 16 * 1024;
+
+/// From so many reads in a row on, the leg's messages count as unanswered.
+const UNANSWERED: u8 = 64;
+
+/// A thread that is woken sooner than this would better have rested.
+const SHORT: Duration = Duration::from_micros(50);
+
+/// So many short naps in a row, and the thread rests.
+const SHORT_MANY: u8 = 16;
+
+/// How long it rests; the kernel makes some 60 microseconds of it.
+const REST: Duration = Duration::from_micros(10);
+
+thread_local! {
+    static MODERATION: RefCell<Moderation> = const { RefCell::new(Moderation::new()) };
+}
+
+/// A leg was read from: so many bytes, in so many reads in a row without anything from the other leg.
+pub(crate) fn note(bytes: usize, unanswered: u8) {
+    MODERATION.with_borrow_mut(|moderation| moderation.note(bytes, unanswered));
+}
+
+/// The thread has nothing more to do.
+pub(crate) fn before_sleep() {
+    MODERATION.with_borrow_mut(|moderation| {
+        if moderation.rests() {
+            thread::sleep(REST);
+        }
+        moderation.asleep = Some(clock::now());
+    });
+}
+
+/// The thread was woken.
+pub(crate) fn after_sleep() {
+    MODERATION.with_borrow_mut(|moderation| {
+        if let Some(asleep) = moderation.asleep.take() {
+            moderation.slept(clock::now().saturating_duration_since(asleep));
+        }
+    });
+}
+
+#[derive(Debug)]
+struct Moderation {
+    asleep: Option<Instant>,
+    short: u8,
+    /// Whether everything since the last nap was small and unanswered.
+    small: bool,
+}
+
+impl Moderation {
+    const fn new() -> Self {
+        Self { asleep: None, short: 0, small: true }
+    }
+
+    fn note(&mut self, bytes: usize, unanswered: u8) {
+        self.small &= bytes < WORTH && unanswered >= UNANSWERED;
+    }
+
+    fn rests(&self) -> bool {
+        self.short >= SHORT_MANY
+    }
+
+    fn slept(&mut self, time: Duration) {
+        self.short = if self.small && time < SHORT { self.short.saturating_add(1) } else { 0 };
+        self.small = true;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const US: Duration = Duration::from_micros(1);
+
+    fn after(naps: usize, nap: Duration, bytes: usize, unanswered: u8) -> Moderation {
+        let mut moderation = Moderation::new();
+        for _ in 0..naps {
+            moderation.note(bytes, unanswered);
+            moderation.slept(nap);
+        }
+        moderation
+    }
+
+    #[test]
+    fn a_thread_that_is_woken_at_once_for_every_small_message_rests() {
+        assert!(after(16, US, 64, 64).rests());
+        assert!(!after(15, US, 64, 64).rests());
+    }
+
+    #[test]
+    fn slow_messages_answered_messages_and_large_reads_are_never_held_up() {
+        assert!(!after(100, 50 * US, 64, 255).rests());
+        assert!(!after(100, US, 64, 63).rests());
+        assert!(!after(100, US, 16 * 1024, 255).rests());
+    }
+
+    #[test]
+    fn one_answer_on_the_thread_ends_the_rest() {
+        let mut moderation = after(100, US, 64, 255);
+        moderation.note(64, 255);
+        moderation.note(64, 1);
+        moderation.slept(US);
+        assert!(!moderation.rests());
+    }
+}
