@@ -25,8 +25,8 @@ const SHORT: Duration = Duration::from_micros(50);
 /// So many short naps in a row, and the thread rests.
 const SHORT_MANY: u8 = 16;
 
-/// How long it rests; the kernel makes some 60 microseconds of it.
-const REST: Duration = Duration::from_micros(10);
+/// How long it rests; the kernel makes some 100 microseconds of it.
+const REST: Duration = Duration::from_micros(50);
 
 thread_local! {
     static MODERATION: RefCell<Moderation> = const { RefCell::new(Moderation::new()) };
