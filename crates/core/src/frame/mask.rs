@@ -7,8 +7,11 @@ use fearless_simd::{Level, Simd, dispatch};
 /// What this processor can do, found out once.
 static LEVEL: LazyLock<Level> = LazyLock::new(Level::new);
 
-/// Moved at once by the wide loop: as much as eight registers of 32 bytes hold.
-const BLOCK: usize = 256;
+/// Moved at once by the wide loop: as much as twelve registers of 32 bytes hold, which leaves some for the rest.
+const BLOCK: usize = 384;
+
+/// Moved at once where that is too much: every processor has registers for it.
+const SHORT_BLOCK: usize = 64;
 
 /// A masking key, turned so that its first byte belongs to the next byte of the payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -54,13 +57,7 @@ fn move_blocks<S: Simd>(simd: S, window: &mut [u8], shift: usize, key: Key) {
             let whole = (window.len() - shift) / BLOCK * BLOCK;
             let mut at = 0;
             while at < whole {
-                let Some(block) = window[at + shift..].first_chunk::<BLOCK>() else { break };
-                // Loaded before it is stored, since source and destination may overlap.
-                let mut block = *block;
-                for word in block.as_chunks_mut::<8>().0 {
-                    *word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
-                }
-                window[at..at + BLOCK].copy_from_slice(&block);
+                move_block::<BLOCK>(window, at, shift, key_word);
                 at += BLOCK;
             }
             move_short(&mut window[at..], shift, key);
@@ -68,14 +65,31 @@ fn move_blocks<S: Simd>(simd: S, window: &mut [u8], shift: usize, key: Key) {
     );
 }
 
-#[inline]
-fn move_short(window: &mut [u8], shift: usize, key: Key) {
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "else it would not be compiled for the registers of its caller")]
+fn move_block<const SIZE: usize>(window: &mut [u8], at: usize, shift: usize, key_word: u64) {
+    let Some(block) = window[at + shift..].first_chunk::<SIZE>() else { return };
+    // Loaded before it is stored, since source and destination may overlap.
+    let mut block = *block;
+    for word in block.as_chunks_mut::<8>().0 {
+        *word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
+    }
+    window[at..at + SIZE].copy_from_slice(&block);
+}
+
+/// The same for a window that is not long, without looking for wide registers.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "small frames cost little more than the call of a function")]
+pub(crate) fn move_short(window: &mut [u8], shift: usize, key: Key) {
     let key_word = u64::from_ne_bytes(key.wide());
     let length = window.len() - shift;
     let mut at = 0;
-    while let Some(word) = window[at + shift..].first_chunk::<8>() {
-        let word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
-        window[at..at + 8].copy_from_slice(&word);
+    while at + SHORT_BLOCK <= length {
+        move_block::<SHORT_BLOCK>(window, at, shift, key_word);
+        at += SHORT_BLOCK;
+    }
+    while at + 8 <= length {
+        move_block::<8>(window, at, shift, key_word);
         at += 8;
     }
     for (at, key) in (at..length).zip(key.0.into_iter().cycle()) {
