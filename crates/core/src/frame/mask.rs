@@ -13,6 +13,9 @@ const BLOCK: usize = 384;
 /// Moved at once where that is too much: every processor has registers for it.
 const SHORT_BLOCK: usize = 64;
 
+/// No buffer is so large that frames in it move further, in bytes.
+const SHIFT_MAX: usize = u32::MAX as usize;
+
 /// A masking key, turned so that its first byte belongs to the next byte of the payload.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Key(pub(crate) [u8; 4]);
@@ -53,48 +56,42 @@ fn move_blocks<S: Simd>(simd: S, window: &mut [u8], shift: usize, key: Key) {
     simd.vectorize(
         #[inline(always)]
         || {
-            let key_word = u64::from_ne_bytes(key.wide());
-            let whole = (window.len() - shift) / BLOCK * BLOCK;
-            let mut at = 0;
-            while at < whole {
-                move_block::<BLOCK>(window, at, shift, key_word);
-                at += BLOCK;
-            }
-            move_short(&mut window[at..], shift, key);
+            let rest = move_whole::<BLOCK>(window, shift, key);
+            move_short(rest, shift, key);
         },
     );
-}
-
-#[inline(always)]
-#[expect(clippy::inline_always, reason = "else it would not be compiled for the registers of its caller")]
-fn move_block<const SIZE: usize>(window: &mut [u8], at: usize, shift: usize, key_word: u64) {
-    let Some(block) = window[at + shift..].first_chunk::<SIZE>() else { return };
-    // Loaded before it is stored, since source and destination may overlap.
-    let mut block = *block;
-    for word in block.as_chunks_mut::<8>().0 {
-        *word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
-    }
-    window[at..at + SIZE].copy_from_slice(&block);
 }
 
 /// The same for a window that is not long, without looking for wide registers.
 #[inline(always)]
 #[expect(clippy::inline_always, reason = "small frames cost little more than the call of a function")]
 pub(crate) fn move_short(window: &mut [u8], shift: usize, key: Key) {
+    let rest = move_whole::<SHORT_BLOCK>(window, shift, key);
+    let rest = move_whole::<8>(rest, shift, key);
+    let length = rest.len() - shift;
+    for (at, key) in (0..length).zip(key.0.into_iter().cycle()) {
+        rest[at] = rest[at + shift] ^ key;
+    }
+}
+
+/// Moves whole blocks, and gives what is left of the window.
+#[inline(always)]
+#[expect(clippy::inline_always, reason = "else it would not be compiled for the registers of its caller")]
+fn move_whole<const SIZE: usize>(window: &mut [u8], shift: usize, key: Key) -> &mut [u8] {
     let key_word = u64::from_ne_bytes(key.wide());
-    let length = window.len() - shift;
-    let mut at = 0;
-    while at + SHORT_BLOCK <= length {
-        move_block::<SHORT_BLOCK>(window, at, shift, key_word);
-        at += SHORT_BLOCK;
+    let mut rest = window;
+    // The first condition lets the compiler see that one comparison covers both ends of a block.
+    while shift <= SHIFT_MAX && rest.len() >= shift + SIZE {
+        let Some(block) = rest[shift..].first_chunk::<SIZE>() else { break };
+        // Loaded before it is stored, since source and destination may overlap.
+        let mut block = *block;
+        for word in block.as_chunks_mut::<8>().0 {
+            *word = (u64::from_ne_bytes(*word) ^ key_word).to_ne_bytes();
+        }
+        rest[..SIZE].copy_from_slice(&block);
+        rest = &mut rest[SIZE..];
     }
-    while at + 8 <= length {
-        move_block::<8>(window, at, shift, key_word);
-        at += 8;
-    }
-    for (at, key) in (at..length).zip(key.0.into_iter().cycle()) {
-        window[at] = window[at + shift] ^ key;
-    }
+    rest
 }
 
 #[cfg(test)]
