@@ -3,7 +3,7 @@
 use midspan_core::api::StreamGrant;
 use secrecy::ExposeSecret as _;
 use serde_json::json;
-use testkit::{Leg, Midspan, Relay, pattern, within};
+use testkit::{Leg, Midspan, Relay, pattern, until, within};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
     net::{TcpListener, TcpStream},
@@ -35,7 +35,10 @@ async fn who_has_sent_all_still_gets_the_whole_answer() {
     assert!(at_server == question, "{} of {} bytes", at_server.len(), question.len());
     assert!(at_client == answer, "{} of {} bytes", at_client.len(), answer.len());
     site.relay.assert_quiet().await;
-    let record = site.relay.activity().pop().unwrap();
+    let record = until("the record of the end", || async {
+        site.relay.activity().into_iter().find(|record| record["operationName"] == "end")
+    })
+    .await;
     assert_eq!(
         record["resultType"].as_str().map(|reason| reason.ends_with("_closed")),
         Some(true),
