@@ -279,7 +279,7 @@ impl Edge {
         let end = StreamEnd { reason, ended: clock::unix(), bytes_to_device, bytes_to_service };
         drop(counted);
         let report = async {
-            place.facts.milestones.wait_for(Milestone::Announced).await;
+            announced(&place.facts).await;
             self.report(&place.facts, end).await;
         };
         tokio::join!(stream.finish(ending), report);
@@ -291,7 +291,7 @@ impl Edge {
     async fn break_off(self: Arc<Self>, joined: Joined, error: &std::io::Error) {
         error!(stream.id = %joined.place.facts.stream, %error, "the legs of a stream cannot be used");
         let reason = joined.place.conclude(CloseReason::RelayFailed);
-        joined.place.facts.milestones.wait_for(Milestone::Announced).await;
+        announced(&joined.place.facts).await;
         self.report(&joined.place.facts, unused(reason)).await;
         joined.place.told();
     }
@@ -423,6 +423,11 @@ impl std::fmt::Debug for Edge {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Edge").field("owner", &self.owner).finish_non_exhaustive()
     }
+}
+
+/// Waits until the store knows that a stream is joined, so that it hears of the end after that; not for ever.
+async fn announced(facts: &StreamFacts) {
+    let _ = timeout(STORE_LIMIT, facts.milestones.wait_for(Milestone::Announced)).await;
 }
 
 fn unused(reason: CloseReason) -> StreamEnd {

@@ -30,7 +30,7 @@ pub struct EdgeSettings {
     /// A leg that takes no byte for this long, although some wait for it, is ended
     #[arg(long, env = "MIDSPAN_STALL_LIMIT", default_value = "15m", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub stall_limit: Duration,
-    /// At a clean end, a leg that takes no byte for this long loses the rest; so does one that needs longer than the stall limit
+    /// At a clean end, a leg that takes no byte for this long, or does not answer the close frame, loses the rest; so does one that needs longer than the stall limit
     #[arg(long, env = "MIDSPAN_CLOSE_LIMIT", default_value = "1m", value_name = "TIME", value_parser = midspan_platform::duration::positive)]
     pub close_limit: Duration,
 }

@@ -1,4 +1,4 @@
-//! The listener's end against a client of the library.
+//! Tests of TLS sessions: the listener's end against a client of rustls, over a connection in memory.
 
 use std::{
     io::{self, IoSlice, Read as _, Write as _},
