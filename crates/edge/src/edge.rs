@@ -18,7 +18,7 @@ use midspan_platform::{
     secrets::Secrets,
 };
 use tokio::{runtime::Handle, time::timeout};
-use tracing::{Span, error, info, info_span, warn};
+use tracing::{debug, error, info, info_span, warn};
 
 use crate::{
     DataThreads, EdgeSettings,
@@ -181,7 +181,7 @@ impl Edge {
     pub(crate) async fn run_leg(self: Arc<Self>, mut place: Place, leg: Result<Leg, &'static str>) {
         let leg = match leg {
             Ok(leg) => leg,
-            Err(error) => return error!(error, "leg cannot be used"),
+            Err(error) => return error!(stream.id = %place.facts.stream, error, "leg cannot be used"),
         };
         match place.ready(leg, clock::now()) {
             Next::HandedOver => {}
@@ -194,7 +194,10 @@ impl Edge {
                         leg::dismiss(leg, reason).await;
                         place.told();
                     }
-                    Waited::Gone => info!("leg went away before the other one came"),
+                    Waited::Gone => {
+                        let (facts, role) = (&place.facts, place.role);
+                        info!(stream.id = %facts.stream, %role, "leg went away before the other one came");
+                    }
                     Waited::Stopped(leg) => {
                         let (now, reason) = (clock::now(), CloseReason::Draining);
                         if let End::Here { facts, .. } =
@@ -210,34 +213,42 @@ impl Edge {
         }
     }
 
-    /// Gives a stream whose legs are both there a task of its own on one of the data threads.
+    /// Gives a stream whose legs are both there a task of its own on one of the data threads, this one if it has room.
     fn join(self: Arc<Self>, place: Place, first: Leg, second: Leg) {
         let facts = &place.facts;
-        info!(device.id = %facts.address, stream.name = %facts.name, "stream joined");
+        debug!(stream.id = %facts.stream, device.id = %facts.address, stream.name = %facts.name, "stream joined");
         let joined = Joined { _counted: Counted::new(&self.metrics.joined), place };
-        self.lifecycle.spawn(Span::current(), Arc::clone(&self).announce(Arc::clone(&joined.place.facts)));
+        let here = Handle::current();
+        let announced = Arc::clone(&self).announce(Arc::clone(&joined.place.facts));
+        self.lifecycle.spawn_on(&here, announced);
         let (service, device) = match first.role {
             Role::Service => (first, second),
             Role::Device => (second, first),
         };
         let edge = Arc::clone(&self);
         let (runtime, seat) = edge.threads.seat();
-        edge.lifecycle.spawn_on(runtime, async move {
-            let legs = [service.counted, device.counted];
-            let stream = match (service.io.rehome(), device.io.rehome()) {
-                (Ok(service_io), Ok(device_io)) => {
-                    let early = [service.early, device.early];
-                    let (splices, limits) = (self.splices.clone(), Arc::clone(&self.limits));
-                    let left = joined.place.facts.credential_expires.plus(LEEWAY).since(clock::unix());
-                    let expiry = clock::now().checked_add(left);
-                    Splice::new(service_io, device_io, early, splices, limits, expiry)
-                }
-                (Err(error), _) | (_, Err(error)) => return self.break_off(joined, &error).await,
-            };
-            // Spawned afresh: a task keeps the size of all that it ever held.
-            let lifecycle = self.lifecycle.clone();
-            lifecycle.spawn_on(&Handle::current(), self.run_stream(joined, stream, (legs, seat)));
-        });
+        if runtime.id() == here.id() {
+            return self.start_stream(joined, service, device, seat);
+        }
+        edge.lifecycle.spawn_on(runtime, async move { self.start_stream(joined, service, device, seat) });
+    }
+
+    /// Spawns a stream afresh on this thread: a task keeps the size of all that it ever held.
+    fn start_stream(self: Arc<Self>, joined: Joined, service: Leg, device: Leg, seat: Seat) {
+        let (lifecycle, here) = (self.lifecycle.clone(), Handle::current());
+        let (service, device) = match (service.settle(), device.settle()) {
+            (Ok(service), Ok(device)) => (service, device),
+            (Err(error), _) | (_, Err(error)) => {
+                return lifecycle.spawn_on(&here, async move { self.break_off(joined, &error).await });
+            }
+        };
+        let ((service, early_service, service_counted), (device, early_device, device_counted)) =
+            (service, device);
+        let (splices, limits) = (self.splices.clone(), Arc::clone(&self.limits));
+        let left = joined.place.facts.credential_expires.plus(LEEWAY).since(clock::unix());
+        let expiry = clock::now().checked_add(left);
+        let stream = Splice::new(service, device, [early_service, early_device], splices, limits, expiry);
+        lifecycle.spawn_on(&here, self.run_stream(joined, stream, ([service_counted, device_counted], seat)));
     }
 
     async fn announce(self: Arc<Self>, facts: Arc<StreamFacts>) {

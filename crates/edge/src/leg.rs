@@ -1,6 +1,6 @@
 //! One WebSocket of a stream, before it is joined and when it is told to go.
 
-use std::time::Duration;
+use std::{io, time::Duration};
 
 use bytes::Bytes;
 use midspan_core::{
@@ -11,6 +11,7 @@ use midspan_core::{
 use midspan_platform::{listener::Connection, metrics::Counted};
 use tokio::{
     io::{AsyncReadExt as _, AsyncWriteExt as _},
+    runtime::{self, Handle},
     sync::oneshot,
     time::{Instant, timeout},
 };
@@ -30,6 +31,17 @@ pub struct Leg {
     pub role: Role,
     /// Counts it while it is open.
     pub counted: Counted,
+    /// The runtime that waits for its connection.
+    pub home: runtime::Id,
+}
+
+impl Leg {
+    /// Its connection, which the runtime of the caller waits for from here on.
+    pub fn settle(self) -> io::Result<(Connection, Bytes, Counted)> {
+        let here = self.home == Handle::current().id();
+        let io = if here { self.io } else { self.io.rehome()? };
+        Ok((io, self.early, self.counted))
+    }
 }
 
 /// How waiting for the other leg ended.
@@ -103,7 +115,7 @@ pub async fn dismiss(mut leg: Leg, reason: CloseReason) {
         // Read until the peer ends its own direction, so that no reset eats what was sent last.
         let mut sink = vec![0; 4096];
         while leg.io.read(&mut sink).await? > 0 {}
-        std::io::Result::Ok(())
+        io::Result::Ok(())
     };
     // A leg that does not listen is dropped all the same.
     let _ = timeout(FAREWELL, told).await;

@@ -60,17 +60,18 @@ pub(crate) fn after_sleep() {
 struct Moderation {
     asleep: Option<Instant>,
     short: u8,
-    /// Whether everything since the last nap was small and unanswered.
-    small: bool,
+    /// Whether there was anything since the last nap, and all of it small and unanswered.
+    small: Option<bool>,
 }
 
 impl Moderation {
     const fn new() -> Self {
-        Self { asleep: None, short: 0, small: true }
+        Self { asleep: None, short: 0, small: None }
     }
 
     fn note(&mut self, bytes: usize, unanswered: u8) {
-        self.small &= bytes < WORTH && unanswered >= UNANSWERED;
+        let small = bytes < WORTH && unanswered >= UNANSWERED;
+        self.small = Some(small && self.small != Some(false));
     }
 
     fn rests(&self) -> bool {
@@ -78,8 +79,8 @@ impl Moderation {
     }
 
     fn slept(&mut self, time: Duration) {
-        self.short = if self.small && time < SHORT { self.short.saturating_add(1) } else { 0 };
-        self.small = true;
+        let small = self.small.take().unwrap_or(false);
+        self.short = if small && time < SHORT { self.short.saturating_add(1) } else { 0 };
     }
 }
 
@@ -109,6 +110,13 @@ mod tests {
         assert!(!after(100, 50 * US, 64, 255).rests());
         assert!(!after(100, US, 64, 63).rests());
         assert!(!after(100, US, 16 * 1024, 255).rests());
+    }
+
+    #[test]
+    fn connections_that_are_opened_are_not_held_up() {
+        let mut moderation = after(100, US, 64, 255);
+        moderation.slept(US);
+        assert!(!moderation.rests());
     }
 
     #[test]

@@ -445,6 +445,8 @@ mod tests {
     fn leg(role: Role) -> Leg {
         let gauge = Metrics::new().gauge("midspan_edge_legs", "Open legs.");
         let (io, _) = tokio::io::duplex(1);
-        Leg { io: Connection::memory(io), early: bytes::Bytes::new(), role, counted: Counted::new(&gauge) }
+        let home = tokio::runtime::Handle::current().id();
+        let io = Connection::memory(io);
+        Leg { io, early: bytes::Bytes::new(), role, counted: Counted::new(&gauge), home }
     }
 }

@@ -1,9 +1,9 @@
-//! The threads that move bytes. Each has a runtime of its own, and a joined stream stays on one of them.
+//! The threads that move bytes. Each has a runtime of its own, accepts connections, and keeps the streams that it has.
 //!
 //! So whoever wakes a stream is the thread that runs it: no other thread is woken for it, and what it reads and writes
 //! stays in one core's caches.
 
-use std::{io, sync::Arc, thread};
+use std::{io, iter, sync::Arc, thread};
 
 use tokio::{
     runtime::{Builder, Handle},
@@ -49,12 +49,21 @@ impl DataThreads {
         Self { first, others: Vec::new() }
     }
 
-    /// A seat on the thread that has the fewest streams.
+    /// The runtimes of all threads.
+    pub fn runtimes(&self) -> Vec<Handle> {
+        self.all().map(|thread| thread.runtime.clone()).collect()
+    }
+
+    /// A seat on the thread that has the fewest streams; on the caller's, if none has fewer.
     pub(crate) fn seat(&self) -> (&Handle, Seat) {
-        let least = self.others.iter().fold(&self.first, |least, thread| {
-            if thread.streams() < least.streams() { thread } else { least }
-        });
+        let here = Handle::current().id();
+        let least = self.all().min_by_key(|thread| (thread.streams(), thread.runtime.id() != here));
+        let least = least.unwrap_or(&self.first);
         (&least.runtime, Seat(Arc::clone(&least.streams)))
+    }
+
+    fn all(&self) -> impl Iterator<Item = &DataThread> {
+        iter::once(&self.first).chain(&self.others)
     }
 }
 
@@ -95,5 +104,18 @@ mod tests {
         let (runtime, _seat) = threads.seat();
         let name = runtime.spawn(async { thread::current().name().map(str::to_owned) }).await.unwrap();
         assert_eq!(name.as_deref(), Some("midspan-data-1"));
+    }
+
+    #[tokio::test]
+    async fn a_stream_stays_on_its_thread_unless_another_one_has_fewer() {
+        let threads = Arc::new(DataThreads::start(3).unwrap());
+        let last = threads.others[1].runtime.clone();
+        let on_last = Arc::clone(&threads);
+        let take = move || (on_last.seat().0.id(), on_last.seat().1);
+        let (first, _seat) = last.spawn(async move { take() }).await.unwrap();
+        assert_eq!(first, last.id());
+        let on_last = Arc::clone(&threads);
+        let second = last.spawn(async move { on_last.seat().0.id() }).await.unwrap();
+        assert_ne!(second, last.id());
     }
 }

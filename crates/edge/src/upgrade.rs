@@ -21,9 +21,9 @@ use midspan_platform::{
     listener::Connection,
     metrics::Counted,
 };
-use tokio::time::timeout;
+use tokio::{runtime::Handle, time::timeout};
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tracing::{Span, debug, info, info_span};
+use tracing::{Span, debug, debug_span, info};
 
 use crate::{
     edge::{Edge, LEEWAY, UPGRADE_LIMIT},
@@ -82,15 +82,16 @@ impl Edge {
         let counted = self.metrics.leg(role);
         let edge = Arc::clone(self);
         let client = client_address(&request);
-        let span = info_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
+        // The line at the end of a stream says it all: others are for those who look for a fault.
+        let span = debug_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
         // Taken out of the request, which would otherwise live, with its buffer and its ticket, as long as the leg.
         let upgraded = hyper::upgrade::on(&mut request);
         self.lifecycle.spawn(span, async move {
             match timeout(UPGRADE_LIMIT, upgraded).await {
                 Ok(Ok(upgraded)) => edge.run_leg(place, into_leg(upgraded, role, counted)).await,
                 // The place is free again, so the same ticket may be used for another try.
-                Ok(Err(error)) => debug!(%error, "leg broke while it was opened"),
-                Err(_) => debug!("leg took too long to open"),
+                Ok(Err(error)) => debug!(stream.id = %stream, %role, %error, "leg broke while it was opened"),
+                Err(_) => debug!(stream.id = %stream, %role, "leg took too long to open"),
             }
         });
         Ok(response)
@@ -156,5 +157,6 @@ fn into_leg(upgraded: hyper::upgrade::Upgraded, role: Role, counted: Counted) ->
     let parts = upgraded
         .downcast::<TokioIo<Connection>>()
         .map_err(|_| "the connection is not one of our listeners'")?;
-    Ok(Leg { io: parts.io.into_inner(), early: parts.read_buf, role, counted })
+    let home = Handle::current().id();
+    Ok(Leg { io: parts.io.into_inner(), early: parts.read_buf, role, counted, home })
 }

@@ -87,7 +87,7 @@ impl ServerSettings {
         };
         Ok(Process {
             activity: ActivityLog::start(self.activity_log.clone(), &lifecycle, &metrics).await?,
-            admin: Listener::bind("admin", self.admin_listen).await?.trusted(),
+            admin: Listener::bind("admin", self.admin_listen)?.trusted(),
             listener_metrics: ListenerMetrics::new(&metrics),
             lifecycle,
             metrics,

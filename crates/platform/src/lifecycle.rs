@@ -47,7 +47,8 @@ impl Lifecycle {
         self.tasks.spawn(task.instrument(span));
     }
 
-    /// Does the same on another runtime. The task is in no span, which would cost a stream more than its own state.
+    /// Does the same on a runtime of the caller's choice. The task is in no span, which would cost a stream more than its
+    /// own state.
     pub fn spawn_on<F>(&self, runtime: &Handle, task: F)
     where
         F: Future<Output = ()> + Send + 'static,

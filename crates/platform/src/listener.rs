@@ -17,11 +17,12 @@ use prometheus::{IntCounterVec, IntGaugeVec};
 use rustls::ServerConfig;
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, Interest, ReadBuf},
-    net::{TcpListener, TcpStream},
+    net::{TcpListener, TcpSocket, TcpStream},
+    runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
 };
 use tokio_util::sync::CancellationToken;
-use tracing::{Span, debug, info, info_span, warn};
+use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use crate::{
     http::{Handler, Peer, call},
@@ -89,23 +90,48 @@ impl ListenerMetrics {
     }
 }
 
-/// A socket that listens, and does not accept yet.
+/// An address that is taken, on which nothing is accepted yet.
 #[derive(Debug)]
 pub struct Listener {
     name: &'static str,
-    socket: TcpListener,
+    /// Each with the runtime that accepts from it and keeps what it accepts.
+    sockets: Vec<(Handle, std::net::TcpListener)>,
     address: SocketAddr,
     trusted: bool,
 }
 
+/// How many connections may wait in the kernel to be accepted, for each socket.
+const BACKLOG: u32 = 1024;
+
 impl Listener {
-    /// Takes the address. Nothing is accepted before [`Listener::serve`].
-    pub async fn bind(name: &'static str, address: SocketAddr) -> anyhow::Result<Self> {
-        let socket = TcpListener::bind(address).await.with_context(|| {
+    /// Takes the address, to be served on the runtime of the caller. Nothing is accepted before [`Listener::serve`].
+    pub fn bind(name: &'static str, address: SocketAddr) -> anyhow::Result<Self> {
+        Self::bind_on(name, address, &[Handle::current()])
+    }
+
+    /// Takes the address, to be served on all of `runtimes`: the kernel spreads connections over them, and each
+    /// connection stays where it was accepted.
+    pub fn bind_on(name: &'static str, mut address: SocketAddr, runtimes: &[Handle]) -> anyhow::Result<Self> {
+        let shared = runtimes.len() > 1;
+        let mut sockets = Vec::with_capacity(runtimes.len());
+        let taken = || {
             format!("cannot listen on {address} ({name}); is another process there? choose another address")
-        })?;
-        let address = socket.local_addr().context("the listener has no address")?;
-        Ok(Self { name, socket, address, trusted: false })
+        };
+        if shared && address.port() != 0 {
+            // Sockets that share an address would share it with another process of ours, too.
+            drop(listen(address, false).with_context(taken)?);
+        }
+        for runtime in runtimes {
+            let _here = runtime.enter();
+            let socket = listen(address, shared).with_context(|| {
+                format!(
+                    "cannot listen on {address} ({name}); is another process there? choose another address"
+                )
+            })?;
+            address = socket.local_addr().context("the listener has no address")?;
+            sockets.push((runtime.clone(), socket));
+        }
+        Ok(Self { name, sockets, address, trusted: false })
     }
 
     /// A listener that only peers from the inside reach: nobody there has to show who it is.
@@ -128,9 +154,9 @@ impl Listener {
         lifecycle: &Lifecycle,
         handler: Handler,
     ) {
-        let Self { name, socket, address, trusted } = self;
+        let Self { name, sockets, address, trusted } = self;
         info!(listener = name, %address, tls = tls.is_some(), "listening");
-        let front = Front {
+        let front = Arc::new(Front {
             name,
             trusted,
             tls,
@@ -140,10 +166,22 @@ impl Listener {
             metrics: metrics.clone(),
             lifecycle: lifecycle.clone(),
             handler,
-        };
-        let span = info_span!("listener", listener = name);
-        lifecycle.spawn(span, async move { front.accept(socket).await });
+        });
+        for (runtime, socket) in sockets {
+            let accepting =
+                Arc::clone(&front).accept(socket).instrument(info_span!("listener", listener = name));
+            lifecycle.spawn_on(&runtime, accepting);
+        }
     }
+}
+
+fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    // Connections of a process that has just ended may still be there.
+    socket.set_reuseaddr(true)?;
+    socket.set_reuseport(shared)?;
+    socket.bind(address)?;
+    socket.listen(BACKLOG)?.into_std()
 }
 
 struct Front {
@@ -159,12 +197,15 @@ struct Front {
 }
 
 impl Front {
-    async fn accept(self, socket: TcpListener) {
-        let front = Arc::new(self);
+    async fn accept(self: Arc<Self>, socket: std::net::TcpListener) {
+        let socket = match TcpListener::from_std(socket) {
+            Ok(socket) => socket,
+            Err(error) => return error!(%error, "cannot accept connections"),
+        };
         let mut pause = Duration::ZERO;
         loop {
             let accepted = tokio::select! {
-                () = front.lifecycle.stopped().cancelled() => return,
+                () = self.lifecycle.stopped().cancelled() => return,
                 accepted = socket.accept() => accepted,
             };
             let (stream, address) = match accepted {
@@ -178,14 +219,13 @@ impl Front {
                 }
             };
             pause = Duration::ZERO;
-            let Some((held, place)) = front.admit() else { continue };
-            let front = Arc::clone(&front);
-            let lifecycle = front.lifecycle.clone();
+            let Some((held, place)) = self.admit() else { continue };
+            let front = Arc::clone(&self);
             let peer = Arc::new(Peer::new(address, Some(place)));
             if front.trusted {
                 peer.authenticated();
             }
-            lifecycle.spawn(Span::current(), async move {
+            self.lifecycle.spawn_on(&Handle::current(), async move {
                 tokio::select! {
                     () = front.connection(stream, &peer, held) => {}
                     () = peer.stranger_for(front.header_limit * STRANGER_LIMITS) => {
@@ -213,7 +253,7 @@ impl Front {
 
     fn refuse(&self, limit: &'static str) {
         self.metrics.refused.with_label_values(&[limit]).inc();
-        debug!(limit, "connection refused");
+        debug!(listener = self.name, limit, "connection refused");
     }
 
     async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held) {
@@ -230,12 +270,12 @@ impl Front {
                     Ok(Ok(stream)) => Transport::Tls(Box::new(stream)),
                     Ok(Err(error)) => {
                         failed("protocol");
-                        debug!(%error, "TLS handshake failed");
+                        debug!(listener = self.name, %error, "TLS handshake failed");
                         return;
                     }
                     Err(_) => {
                         failed("timeout");
-                        debug!("TLS handshake took too long");
+                        debug!(listener = self.name, "TLS handshake took too long");
                         return;
                     }
                 }

@@ -33,7 +33,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
     let edge_url = settings.edge_url.clone().context("--edge-url is missing")?;
     let hosts = settings.public_hosts.clone();
     anyhow::ensure!(!hosts.is_empty(), "--public-host is missing: the host name that credentials name");
-    let public = Listener::bind("public", listen).await?;
+    let public = Listener::bind("public", listen)?;
     let process = server_settings.prepare().await?;
     let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
     warn!("the memory store is not shared: no edge in another process can be seen from here");

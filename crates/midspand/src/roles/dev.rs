@@ -55,7 +55,7 @@ pub(crate) struct DevArguments {
 
 pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
     let DevArguments { listen, data_dir, devices, control, edge: edge_settings, mut server, .. } = arguments;
-    let public = Listener::bind("public", listen).await?;
+    let public = Listener::bind("public", listen)?;
     let address = public.address();
     let mut hosts = control.public_hosts.clone();
     if hosts.is_empty() {

@@ -30,7 +30,8 @@ pub(crate) struct EdgeArguments {
 
 pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
     let EdgeArguments { listen, edge: settings, server: server_settings, drain, log: _ } = arguments;
-    let public = Listener::bind("public", listen).await?;
+    let threads = DataThreads::start(settings.data_threads).context("the data threads do not start")?;
+    let public = Listener::bind_on("public", listen, &threads.runtimes())?;
     let process = server_settings.prepare().await?;
     let tls = server_settings.tls(&[], &process.lifecycle).await?;
     warn!("the memory store is not shared: no control plane in another process can place streams here");
@@ -39,7 +40,6 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         incarnation: Incarnation::from_random(clock::random()),
         address: String::new(),
     };
-    let threads = DataThreads::start(settings.data_threads).context("the data threads do not start")?;
     let edge = Edge::start(EdgeParts {
         settings,
         owner,
