@@ -96,7 +96,7 @@ impl Relay {
             activity,
             threads: DataThreads::current(),
         });
-        let answers = handler(move |request| std::future::ready(edge.handle(request)));
+        let answers = handler(move |request| std::future::ready(edge.handle(&request)));
         let relay = Self { lifecycle, rendezvous, keys, answers, owner };
         let limits = StreamLimits { per_device: 1, per_service: 1 };
         relay.rendezvous.create_stream(relay.record(), limits).await.unwrap();

@@ -76,9 +76,6 @@ struct Joined {
 /// How long a ticket is taken after its time, and so how long an ended stream must be remembered.
 pub(crate) const LEEWAY: Duration = Duration::from_secs(midspan_core::credential::CLOCK_LEEWAY_SECONDS + 1);
 
-/// From the answer to an upgrade until the WebSocket must be open.
-pub(crate) const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
-
 /// How long a call to end a stream waits for its legs to be told.
 const END_LIMIT: Duration = Duration::from_secs(8);
 
@@ -178,11 +175,7 @@ impl Edge {
     }
 
     /// Keeps one leg from its upgrade until both are there, or it ends.
-    pub(crate) async fn run_leg(self: Arc<Self>, mut place: Place, leg: Result<Leg, &'static str>) {
-        let leg = match leg {
-            Ok(leg) => leg,
-            Err(error) => return error!(stream.id = %place.facts.stream, error, "leg cannot be used"),
-        };
+    pub(crate) async fn run_leg(self: Arc<Self>, mut place: Place, leg: Leg) {
         match place.ready(leg, clock::now()) {
             Next::HandedOver => {}
             Next::Ended(leg, reason) => leg::dismiss(leg, reason).await,

@@ -111,8 +111,11 @@ mod tests {
         let threads = Arc::new(DataThreads::start(3).unwrap());
         let last = threads.others[1].runtime.clone();
         let on_last = Arc::clone(&threads);
-        let take = move || (on_last.seat().0.id(), on_last.seat().1);
-        let (first, _seat) = last.spawn(async move { take() }).await.unwrap();
+        let take = async move {
+            let (runtime, seat) = on_last.seat();
+            (runtime.id(), seat)
+        };
+        let (first, _seat) = last.spawn(take).await.unwrap();
         assert_eq!(first, last.id());
         let on_last = Arc::clone(&threads);
         let second = last.spawn(async move { on_last.seat().0.id() }).await.unwrap();

@@ -2,8 +2,7 @@
 
 use std::sync::Arc;
 
-use http::{HeaderMap, HeaderValue, Method, StatusCode, header};
-use hyper_util::rt::TokioIo;
+use http::{HeaderMap, HeaderValue, Method, header};
 use midspan_core::{
     close::CloseReason,
     id::{Role, StreamId},
@@ -15,26 +14,24 @@ use midspan_core::{
 use midspan_platform::{
     clock,
     http::{
-        HttpRequest, HttpResponse, authenticated, client_address, empty, first_subprotocol,
-        header as header_value, problem, websocket_key,
+        HttpRequest, HttpResponse, authenticated, client_address, first_subprotocol, header as header_value,
+        problem, websocket, websocket_key,
     },
-    listener::Connection,
-    metrics::Counted,
 };
-use tokio::{runtime::Handle, time::timeout};
+use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tracing::{Span, debug, debug_span, info};
+use tracing::{Span, debug_span, info};
 
 use crate::{
-    edge::{Edge, LEEWAY, UPGRADE_LIMIT},
+    edge::{Edge, LEEWAY},
     leg::Leg,
     pairing::Place,
 };
 
 impl Edge {
     /// Answers a request below `/bridges/`.
-    pub fn handle(self: &Arc<Self>, request: HttpRequest) -> HttpResponse {
-        let client = client_address(&request);
+    pub fn handle(self: &Arc<Self>, request: &HttpRequest) -> HttpResponse {
+        let client = client_address(request);
         let mut answer = match self.open_leg(request) {
             Ok(response) => return response,
             Err(problem) => problem,
@@ -52,14 +49,14 @@ impl Edge {
         problem(&answer)
     }
 
-    fn open_leg(self: &Arc<Self>, mut request: HttpRequest) -> Result<HttpResponse, Problem> {
+    fn open_leg(self: &Arc<Self>, request: &HttpRequest) -> Result<HttpResponse, Problem> {
         let LegPath { stream, role } = LegPath::parse(request.uri().path())?;
         if request.method() != Method::GET {
             let mut problem = Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET");
             problem.allow = Some("GET");
             return Err(problem);
         }
-        let ticket = self.check_ticket(&request, stream, role)?;
+        let ticket = self.check_ticket(request, stream, role)?;
         let accept = check_upgrade(request.headers())?;
         let place = self.take_place(&ticket)?;
         // Looked at once the place is taken: from here on, a change of the deny list finds the stream.
@@ -68,33 +65,18 @@ impl Edge {
             self.lifecycle.spawn(Span::current(), async move { edge.end_stream(stream, reason).await });
             return Err(Problem::from_close(reason));
         }
-        authenticated(&request);
-
-        let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
-        let headers = response.headers_mut();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
-        if let Some(protocol) = first_subprotocol(request.headers()) {
-            headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
-        }
+        authenticated(request);
 
         let counted = self.metrics.leg(role);
         let edge = Arc::clone(self);
-        let client = client_address(&request);
+        let client = client_address(request);
         // The line at the end of a stream says it all: others are for those who look for a fault.
         let span = debug_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
-        // Taken out of the request, which would otherwise live, with its buffer and its ticket, as long as the leg.
-        let upgraded = hyper::upgrade::on(&mut request);
-        self.lifecycle.spawn(span, async move {
-            match timeout(UPGRADE_LIMIT, upgraded).await {
-                Ok(Ok(upgraded)) => edge.run_leg(place, into_leg(upgraded, role, counted)).await,
-                // The place is free again, so the same ticket may be used for another try.
-                Ok(Err(error)) => debug!(stream.id = %stream, %role, %error, "leg broke while it was opened"),
-                Err(_) => debug!(stream.id = %stream, %role, "leg took too long to open"),
-            }
-        });
-        Ok(response)
+        Ok(websocket(accept, first_subprotocol(request.headers()), move |io, early| {
+            let leg = Leg { io, early, role, counted, home: Handle::current().id() };
+            let lifecycle = edge.lifecycle.clone();
+            lifecycle.spawn(span, edge.run_leg(place, leg));
+        }))
     }
 
     fn check_ticket(&self, request: &HttpRequest, stream: StreamId, role: Role) -> Result<Ticket, Problem> {
@@ -151,12 +133,4 @@ fn check_upgrade(headers: &HeaderMap) -> Result<HeaderValue, Problem> {
     };
     let key = websocket_key(headers).map_err(required)?;
     HeaderValue::from_str(&derive_accept_key(key.as_bytes())).map_err(|_| required("Sec-WebSocket-Key"))
-}
-
-fn into_leg(upgraded: hyper::upgrade::Upgraded, role: Role, counted: Counted) -> Result<Leg, &'static str> {
-    let parts = upgraded
-        .downcast::<TokioIo<Connection>>()
-        .map_err(|_| "the connection is not one of our listeners'")?;
-    let home = Handle::current().id();
-    Ok(Leg { io: parts.io.into_inner(), early: parts.read_buf, role, counted, home })
 }

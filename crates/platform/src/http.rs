@@ -1,7 +1,6 @@
 //! Requests and answers, as all roles make them.
 
 use std::{
-    convert::Infallible,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
     time::Duration,
@@ -16,6 +15,8 @@ use midspan_core::problem::{Problem, ProblemKind};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
+
+use crate::listener::Connection;
 
 /// A request as it comes from a listener.
 pub type HttpRequest = Request<Incoming>;
@@ -172,9 +173,41 @@ where
     Arc::new(move |request| Box::pin(answer(request)))
 }
 
-/// Calls a handler in the form that hyper wants.
-pub(crate) async fn call(handler: Handler, request: HttpRequest) -> Result<HttpResponse, Infallible> {
-    Ok(handler(request).await)
+/// What becomes of a connection once the answer that switches protocols has been sent: an extension of that answer.
+#[derive(Clone)]
+pub(crate) struct Upgrade(Arc<Mutex<Option<Next>>>);
+
+type Next = Box<dyn FnOnce(Connection, Bytes) + Send>;
+
+impl Upgrade {
+    /// Hands over the connection, and what was read of it behind the request.
+    pub(crate) fn take(self, connection: Connection, early: Bytes) {
+        let next = self.0.lock().unwrap_or_else(PoisonError::into_inner).take();
+        if let Some(next) = next {
+            next(connection, early);
+        }
+    }
+}
+
+/// An answer that turns the connection into a WebSocket (RFC 6455, section 4.2.2).
+///
+/// Once it has been sent, `next` gets the connection, and what was read of it behind the request; it must not block.
+/// When the connection breaks before that, `next` is dropped.
+pub fn websocket(
+    accept: HeaderValue,
+    protocol: Option<HeaderValue>,
+    next: impl FnOnce(Connection, Bytes) + Send + 'static,
+) -> HttpResponse {
+    let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
+    let headers = response.headers_mut();
+    headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
+    headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
+    headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
+    if let Some(protocol) = protocol {
+        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, protocol);
+    }
+    response.extensions_mut().insert(Upgrade(Arc::new(Mutex::new(Some(Box::new(next))))));
+    response
 }
 
 fn with_body(status: StatusCode, kind: &'static str, body: Bytes) -> HttpResponse {

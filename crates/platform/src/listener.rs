@@ -1,16 +1,18 @@
 //! Listeners: accept, TLS, HTTP/1.1, each step bounded in time and number.
 
 use std::{
+    convert::Infallible,
     io,
     net::SocketAddr,
     pin::Pin,
-    sync::Arc,
+    sync::{Arc, Mutex, PoisonError},
     task::{Context, Poll},
     time::Duration,
 };
 
 use anyhow::Context as _;
 use clap::Args;
+use futures_util::FutureExt as _;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use prometheus::{IntCounterVec, IntGaugeVec};
@@ -25,7 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use crate::{
-    http::{Handler, Peer, call},
+    http::{Handler, HttpRequest, Peer, Upgrade},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
     tls::TlsStream,
@@ -180,6 +182,8 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
     // Connections of a process that has just ended may still be there.
     socket.set_reuseaddr(true)?;
     socket.set_reuseport(shared)?;
+    // Small messages must not wait for an acknowledgement. What is accepted inherits this.
+    socket.set_nodelay(true)?;
     socket.bind(address)?;
     socket.listen(BACKLOG)?.into_std()
 }
@@ -257,8 +261,6 @@ impl Front {
     }
 
     async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held) {
-        // Small messages must not wait for an acknowledgement. Fails only on a socket that is gone.
-        let _ = stream.set_nodelay(true);
         let transport = match &self.tls {
             None => Transport::Tcp(stream),
             Some(config) => {
@@ -286,6 +288,9 @@ impl Front {
     }
 }
 
+/// How long an answer that switches protocols may take to be sent.
+const SWITCH_LIMIT: Duration = Duration::from_secs(10);
+
 /// Serves HTTP/1.1 on one connection until it ends, is upgraded, or the process stops.
 pub async fn serve_http(
     connection: Connection,
@@ -294,34 +299,50 @@ pub async fn serve_http(
     lifecycle: &Lifecycle,
     handler: &Handler,
 ) {
-    let asked = CancellationToken::new();
-    let service = service_fn(|mut request: hyper::Request<hyper::body::Incoming>| {
+    let (asked, switching) = (CancellationToken::new(), CancellationToken::new());
+    let upgrade = Mutex::new(None);
+    let service = service_fn(|mut request: HttpRequest| {
         asked.cancel();
         request.extensions_mut().insert(Arc::clone(&peer));
-        call(Arc::clone(handler), request)
+        let (upgrade, switching) = (&upgrade, &switching);
+        handler(request).map(move |mut response| {
+            if let Some(next) = response.extensions_mut().remove::<Upgrade>() {
+                *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
+                switching.cancel();
+            }
+            Ok::<_, Infallible>(response)
+        })
     });
-    let served = hyper::server::conn::http1::Builder::new()
+    let mut served = hyper::server::conn::http1::Builder::new()
         .timer(TokioTimer::new())
         .header_read_timeout(header_limit)
         .max_buf_size(HEADER_MAX)
-        .serve_connection(TokioIo::new(connection), service)
-        .with_upgrades();
-    let mut served = std::pin::pin!(served);
+        .serve_connection(TokioIo::new(connection), service);
     // A closing process still answers: a connection that has asked nothing yet may be a leg that is expected.
     let closing = async {
         lifecycle.closing().cancelled().await;
         asked.cancelled().await;
     };
+    let stuck = async {
+        switching.cancelled().await;
+        tokio::time::sleep(SWITCH_LIMIT).await;
+    };
     let ended = tokio::select! {
-        ended = served.as_mut() => ended,
+        ended = &mut served => ended,
+        () = stuck => return debug!("an upgrade took too long"),
         // Requests under way are answered; then the connection closes instead of waiting for the next one.
         () = closing => {
-            served.as_mut().graceful_shutdown();
-            served.await
+            Pin::new(&mut served).graceful_shutdown();
+            (&mut served).await
         }
     };
     if let Err(error) = ended {
-        debug!(%error, "connection ended");
+        return debug!(%error, "connection ended");
+    }
+    let parts = served.into_parts();
+    let upgrade = upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
+    if let Some(upgrade) = upgrade {
+        upgrade.take(parts.io.into_inner(), parts.read_buf);
     }
 }
 
@@ -379,7 +400,7 @@ impl Connection {
             Transport::Tls(stream) => stream.socket(),
             Transport::Memory(_) => return false,
         };
-        let ready = futures_util::FutureExt::now_or_never(socket.ready(Interest::READABLE | Interest::ERROR));
+        let ready = socket.ready(Interest::READABLE | Interest::ERROR).now_or_never();
         match ready {
             Some(Ok(ready)) => ready.is_read_closed() || ready.is_error(),
             Some(Err(_)) => true,

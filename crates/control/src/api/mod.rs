@@ -72,7 +72,7 @@ impl Control {
             (ApiPath::Devices, "GET") => self.list_devices(&request).await,
             (ApiPath::Device(address), "GET") => self.device_status(&request, &address).await,
             (ApiPath::DeviceStreams(address), "POST") => self.initiate(request, address).await,
-            (ApiPath::DeviceLink(address), "GET") => self.open_link(request, &address),
+            (ApiPath::DeviceLink(address), "GET") => self.open_link(&request, &address),
             (ApiPath::Streams, "GET") => self.list_streams(&request).await,
             (ApiPath::Stream(stream), "GET") => self.stream_status(&request, &stream).await,
             (ApiPath::Stream(stream), "DELETE") => self.end_stream(&request, &stream).await,

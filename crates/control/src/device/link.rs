@@ -2,10 +2,9 @@
 
 use std::{sync::Arc, time::Duration};
 
+use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
-use http::{HeaderValue, StatusCode, header};
-use hyper::upgrade::Upgraded;
-use hyper_util::rt::TokioIo;
+use http::{HeaderValue, header};
 use midspan_core::{
     credential::{CLOCK_LEEWAY_SECONDS, DeviceIdentity},
     id::DeviceAddress,
@@ -16,7 +15,8 @@ use midspan_core::{
 };
 use midspan_platform::{
     clock,
-    http::{HttpRequest, HttpResponse, client_address, empty},
+    http::{HttpRequest, HttpResponse, client_address, websocket},
+    listener::Connection,
     metrics::Counted,
 };
 use tokio::{
@@ -37,10 +37,7 @@ use tracing::{debug, info, info_span, warn};
 use super::links::{Order, Registration};
 use crate::control::{Control, STORE_LIMIT};
 
-type Socket = WebSocketStream<TokioIo<Upgraded>>;
-
-/// From the answer to an upgrade until the WebSocket must be open.
-const UPGRADE_LIMIT: Duration = Duration::from_secs(10);
+type Socket = WebSocketStream<Connection>;
 
 /// How long one message to a device may take to be written.
 const WRITE_LIMIT: Duration = Duration::from_secs(10);
@@ -61,11 +58,11 @@ impl Control {
     /// Upgrades `request` to the link of the device or module `address`.
     pub(crate) fn open_link(
         self: &Arc<Self>,
-        mut request: HttpRequest,
+        request: &HttpRequest,
         address: &DeviceAddress,
     ) -> Result<HttpResponse, Problem> {
-        let device = self.device(&request, address)?;
-        let accept = check_upgrade(&request)?;
+        let device = self.device(request, address)?;
+        let accept = check_upgrade(request)?;
         if self.lifecycle.closing().is_cancelled() {
             return Err(Problem::new(ProblemKind::Unavailable, "this relay process is going away"));
         }
@@ -77,35 +74,23 @@ impl Control {
                 retry_after_seconds: 5,
             }));
         }
-        let mut response = empty(StatusCode::SWITCHING_PROTOCOLS);
-        let headers = response.headers_mut();
-        headers.insert(header::CONNECTION, HeaderValue::from_static("upgrade"));
-        headers.insert(header::UPGRADE, HeaderValue::from_static("websocket"));
-        headers.insert(header::SEC_WEBSOCKET_ACCEPT, accept);
-        headers.insert(header::SEC_WEBSOCKET_PROTOCOL, HeaderValue::from_static(SUBPROTOCOL));
-
         let control = Arc::clone(self);
         let span =
-            info_span!(parent: None, "link", device.id = %address, client.address = client_address(&request));
-        // Taken out of the request, which would otherwise live, with its credential, as long as the link.
-        let upgraded = hyper::upgrade::on(&mut request);
-        self.lifecycle.spawn(span, async move {
-            match timeout(UPGRADE_LIMIT, upgraded).await {
-                Ok(Ok(upgraded)) => control.run_link(device, upgraded).await,
-                Ok(Err(error)) => debug!(%error, "link broke while it was opened"),
-                Err(_) => debug!("link took too long to open"),
-            }
-        });
-        Ok(response)
+            info_span!(parent: None, "link", device.id = %address, client.address = client_address(request));
+        let protocol = HeaderValue::from_static(SUBPROTOCOL);
+        Ok(websocket(accept, Some(protocol), move |connection, early| {
+            let lifecycle = control.lifecycle.clone();
+            lifecycle.spawn(span, async move { control.run_link(device, connection, early).await });
+        }))
     }
 
-    async fn run_link(&self, device: DeviceIdentity, upgraded: Upgraded) {
+    async fn run_link(&self, device: DeviceIdentity, connection: Connection, early: Bytes) {
         let config = WebSocketConfig::default()
             .read_buffer_size(4096)
             .max_message_size(Some(MESSAGE_MAX))
             .max_frame_size(Some(MESSAGE_MAX));
         let mut socket =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, Some(config)).await;
+            WebSocketStream::from_partially_read(connection, early.into(), Role::Server, Some(config)).await;
         let _counted = Counted::new(&self.metrics.device_links);
         let (mut link, generation) = {
             // Two links of one device get their generations in the order in which they replace each other.

@@ -105,7 +105,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         let (legs, api) = (Arc::clone(&legs), Arc::clone(&api));
         async move {
             if request.uri().path().starts_with("/bridges/") {
-                legs.handle(request)
+                legs.handle(&request)
             } else {
                 api.handle(request).await
             }

@@ -51,7 +51,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         threads,
     });
     let legs = Arc::clone(&edge);
-    let answers = handler(move |request| std::future::ready(legs.handle(request)));
+    let answers = handler(move |request| std::future::ready(legs.handle(&request)));
     let lifecycle = process.serve(&server_settings, public, tls, answers);
     server::run(lifecycle, drain, edge.drain(drain.drain_grace)).await;
     Ok(())
