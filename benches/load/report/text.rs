@@ -52,18 +52,18 @@ pub(crate) fn latency(series: &[latency::Series], reference: Variant) -> String 
 pub(crate) fn setup(series: &[setup::Series]) -> String {
     let mut text = format!(
         "{:24} {:>14} {:>14} {:>14} {:>22}",
-        "CPU us a pair", "opening", "closing", "both", "pairs a CPU second"
+        "CPU us a pair", "opening", "closing", "both", "opened a CPU second"
     );
     for one in series {
         let of = |part: fn(&setup::Cost) -> f64| median(one.rounds.iter().map(part));
-        let both = of(|cost| cost.both());
+        let open = of(|cost| cost.open);
         let _ = write!(
             text,
-            "\n{:24} {:>14.1} {:>14.1} {both:>14.1} {:>22.0}",
+            "\n{:24} {open:>14.1} {:>14.1} {:>14.1} {:>22.0}",
             one.variant.name(),
-            of(|cost| cost.open),
             of(|cost| cost.close),
-            1e6 / both
+            of(|cost| cost.both()),
+            1e6 / open
         );
     }
     text
