@@ -76,7 +76,7 @@ impl Relay {
         }
         let (lifecycle, metrics) = (Lifecycle::new(), Metrics::new());
         let keys = TicketKeys::new(&Key::from_bytes(vec![7; 32]).unwrap(), None).unwrap();
-        let rendezvous = Arc::new(MemoryRendezvous::new());
+        let rendezvous = Arc::new(MemoryRendezvous::default());
         let owner = Owner {
             name: "edge-0".to_owned(),
             incarnation: Incarnation::from_random(1),

@@ -4,14 +4,14 @@ use midspan_core::{
     credential::Credentials,
     link::GoodbyeReason,
     record::{StreamRecord, StreamState},
+    ticket::Owner,
 };
 use midspan_platform::{
     activity::{ActivityLog, Subject},
-    clock,
     lifecycle::Lifecycle,
     metrics::Metrics,
     owners::Owners,
-    rendezvous::Rendezvous,
+    rendezvous::{Lease, Rendezvous, ServerRole, Timing},
     secrets::Secrets,
     watched::Watched,
 };
@@ -25,6 +25,7 @@ pub struct Control {
     pub(crate) settings: ControlSettings,
     /// The host names that credentials may name.
     pub(crate) hosts: Vec<String>,
+    pub(crate) replica: Owner,
     /// The public base URL of the edge, without a slash at its end.
     pub(crate) edge_url: String,
     pub(crate) credentials: Watched<Credentials>,
@@ -46,6 +47,8 @@ pub struct ControlParts {
     pub settings: ControlSettings,
     /// The host names that credentials may name.
     pub hosts: Vec<String>,
+    /// Its name, life and internal address.
+    pub replica: Owner,
     /// The public base URL of the edge.
     pub edge_url: String,
     /// Keys of devices and services.
@@ -77,6 +80,7 @@ impl Control {
     pub fn start(parts: ControlParts) -> Arc<Self> {
         let control = Arc::new(Self {
             hosts: parts.hosts,
+            replica: parts.replica,
             edge_url: parts.edge_url.trim_end_matches('/').to_owned(),
             credentials: parts.credentials,
             secrets: parts.secrets,
@@ -91,6 +95,7 @@ impl Control {
             settings: parts.settings,
         });
         control.lifecycle.spawn(info_span!("sweep"), Arc::clone(&control).sweep());
+        control.lifecycle.spawn(info_span!("lease"), Arc::clone(&control).keep_lease());
         control.lifecycle.spawn(info_span!("deny_list"), Arc::clone(&control).watch_deny_list());
         control
     }
@@ -124,12 +129,34 @@ impl Control {
 
     async fn sweep(self: Arc<Self>) {
         while timeout(SWEEP, self.lifecycle.stopped().cancelled()).await.is_err() {
-            match timeout(STORE_LIMIT, self.rendezvous.expire(clock::unix())).await {
+            match timeout(STORE_LIMIT, self.rendezvous.expire()).await {
                 Ok(Ok(late)) => late.iter().for_each(|record| self.record_end(record)),
                 Ok(Err(error)) => warn!(%error, "late streams could not be ended"),
                 Err(_) => warn!("late streams could not be ended in time"),
             }
         }
+    }
+
+    async fn keep_lease(self: Arc<Self>) {
+        let (stopped, draining) = (self.lifecycle.stopped(), self.lifecycle.draining());
+        loop {
+            let count = self.links.count();
+            let accepts = count < self.settings.limit_device_links && !draining.is_cancelled();
+            let (role, owner) = (ServerRole::Control, self.replica.clone());
+            let lease = Lease { role, owner, accepts, load: count as u64 };
+            match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
+                Ok(Ok(_)) => {}
+                Ok(Err(error)) => warn!(%error, "the replica's lease could not be renewed"),
+                Err(_) => warn!("the replica's lease could not be renewed in time"),
+            }
+            tokio::select! {
+                waited = timeout(Timing::default().renewal, stopped.cancelled()) => if waited.is_ok() { break },
+                // Said at once, so that no device is sent here. Only once: the next round waits as usual.
+                () = draining.cancelled(), if accepts => {}
+            }
+        }
+        // Nobody would miss it for long: it expires.
+        let _ = timeout(STORE_LIMIT, self.rendezvous.withdraw(ServerRole::Control, &self.replica)).await;
     }
 
     async fn watch_deny_list(self: Arc<Self>) {

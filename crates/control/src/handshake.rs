@@ -21,7 +21,7 @@ use midspan_platform::{
     activity::Subject,
     clock,
     metrics::Counted,
-    rendezvous::{CreateError, StoreError, StreamLimits},
+    rendezvous::{CreateError, ServerRole, StoreError, StreamLimits},
 };
 use tokio::{
     sync::oneshot,
@@ -147,9 +147,9 @@ impl Attempt {
     async fn record(&mut self) -> Result<Owner, Problem> {
         let control = &self.control;
         let now = clock::unix();
-        let edges = crate::api::in_time(control.rendezvous.edges(now)).await?;
+        let edges = crate::api::in_time(control.rendezvous.leases(ServerRole::Edge)).await?;
         let edges: Vec<_> =
-            edges.into_iter().filter(|edge| edge.takes_streams).map(|edge| edge.owner).collect();
+            edges.alive.into_iter().filter(|edge| edge.accepts).map(|edge| edge.owner).collect();
         let names: Vec<_> = edges.iter().map(|owner| owner.name.as_str()).collect();
         let owner =
             placement::owner_of(self.stream, &names).map(|index| edges[index].clone()).ok_or_else(|| {
@@ -171,7 +171,7 @@ impl Attempt {
             per_service: control.settings.limit_streams_per_service,
         };
         match timeout(STORE_LIMIT, control.rendezvous.create_stream(record, limits)).await {
-            Ok(Ok(())) => {}
+            Ok(Ok(_)) => {}
             Ok(Err(CreateError::Limit(limit))) => return Err(limit.into()),
             Ok(Err(CreateError::Store(error))) => return Err(store_problem(&error)),
             Err(_) => return Err(store_problem(&StoreError("it took too long".to_owned()))),

@@ -7,6 +7,9 @@ use midspan_core::api::HANDSHAKE_MAX;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Control plane")]
 pub struct ControlSettings {
+    /// The replica's name
+    #[arg(long, env = "MIDSPAN_CONTROL_NAME", default_value = "control-0", value_name = "NAME")]
+    pub control_name: String,
     /// Keys of devices and services (JSON)
     #[arg(long, env = "MIDSPAN_CREDENTIALS_FILE", value_name = "FILE")]
     pub credentials_file: Option<PathBuf>,

@@ -133,6 +133,8 @@ reasons! {
     CredentialExpired: "credential_expired", 410, 1008, Service, true, Info, "the credential that opened this stream has expired";
     /// The edge is going away in good order.
     Draining: "draining", 503, 1012, Relay, true, Info, "the relay is restarting; open a new stream";
+    /// The edge that carried the stream has not renewed its lease.
+    EdgeLost: "edge_lost", 503, 1012, Relay, true, Error, "the edge that carried this stream was lost; open a new stream";
     /// The relay itself failed.
     RelayFailed: "relay_failed", 500, 1011, Relay, true, Error, "the relay failed";
 }

@@ -14,7 +14,7 @@ use midspan_platform::{
     listener::Connection,
     metrics::{Counted, Metrics},
     owners::{OwnerUnreachable, Owners},
-    rendezvous::{EdgeLease, Rendezvous},
+    rendezvous::{Lease, Rendezvous, ServerRole, Timing},
     secrets::Secrets,
 };
 use tokio::{runtime::Handle, time::timeout};
@@ -91,8 +91,6 @@ const DRAIN_ROUNDS: usize = 3;
 const MIB: usize = 1024 * 1024;
 
 const SWEEP: Duration = Duration::from_millis(250);
-
-const LEASE: Duration = Duration::from_secs(1);
 
 impl Edge {
     /// Puts an edge together and starts its housekeeping.
@@ -362,19 +360,22 @@ impl Edge {
         loop {
             let (half_open, joined) = self.pairing.counts();
             let has_room = half_open + joined < self.settings.max_streams;
-            let takes_streams = has_room && !self.lifecycle.draining().is_cancelled();
-            let lease = EdgeLease { owner: self.owner.clone(), takes_streams };
-            match timeout(STORE_LIMIT, self.rendezvous.renew_edge(lease, clock::unix())).await {
-                Ok(Ok(())) => {}
+            let accepts = has_room && !self.lifecycle.draining().is_cancelled();
+            let load = (half_open + joined) as u64;
+            let lease = Lease { role: ServerRole::Edge, owner: self.owner.clone(), accepts, load };
+            match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
+                Ok(Ok(_)) => {}
                 Ok(Err(error)) => warn!(%error, "the edge's lease could not be renewed"),
                 Err(_) => warn!("the edge's lease could not be renewed in time"),
             }
             tokio::select! {
-                stopped = self.stopped_within(LEASE) => if stopped { return },
+                stopped = self.stopped_within(Timing::default().renewal) => if stopped { break },
                 // Said at once, so that nothing new is placed here. Only once: the next round waits as usual.
-                () = self.lifecycle.draining().cancelled(), if takes_streams => {}
+                () = self.lifecycle.draining().cancelled(), if accepts => {}
             }
         }
+        // Nobody would miss it for long: it expires.
+        let _ = timeout(STORE_LIMIT, self.rendezvous.withdraw(ServerRole::Edge, &self.owner)).await;
     }
 
     async fn watch_deny_list(self: Arc<Self>) {

@@ -10,10 +10,16 @@ pub fn now() -> Instant {
 }
 
 /// Wall-clock time.
-#[expect(clippy::disallowed_methods, reason = "this is where it is allowed")]
 pub fn unix() -> UnixTime {
+    UnixTime(unix_milliseconds() / 1000)
+}
+
+/// Wall-clock time in milliseconds since 1970-01-01 UTC.
+#[expect(clippy::disallowed_methods, reason = "this is where it is allowed")]
+pub fn unix_milliseconds() -> u64 {
     // A clock before 1970 is as wrong as one that stands at 1970.
-    UnixTime(SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs()))
+    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// 128 unpredictable bits.

@@ -92,14 +92,14 @@ impl Control {
         let mut socket =
             WebSocketStream::from_partially_read(connection, early.into(), Role::Server, Some(config)).await;
         let _counted = Counted::new(&self.metrics.device_links);
-        let (mut link, generation) = {
+        let (mut link, up) = {
             // Two links of one device get their generations in the order in which they replace each other.
             let _turn = self.links.turn(&device.address).lock().await;
             let link = self.links.register(&device.address);
-            (link, timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, clock::unix())).await)
+            (link, timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, &self.replica)).await)
         };
         info!("device connected");
-        let end = match generation {
+        let end = match &up {
             // The deny list may have changed since the credential was checked.
             Ok(Ok(_)) if self.secrets.deny.current().has_device(&device.address) => {
                 End::Goodbye(GoodbyeReason::Revoked)
@@ -118,8 +118,8 @@ impl Control {
             }
         }
         drop(link);
-        if let Ok(Ok(generation)) = generation {
-            let down = self.rendezvous.link_down(&device.address, generation);
+        if let Ok(Ok(up)) = up {
+            let down = self.rendezvous.link_down(&device.address, up.generation);
             if !matches!(timeout(STORE_LIMIT, down).await, Ok(Ok(()))) {
                 warn!("the end of a link could not be recorded");
             }

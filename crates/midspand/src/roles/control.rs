@@ -5,8 +5,10 @@ use std::{net::SocketAddr, sync::Arc};
 use anyhow::Context as _;
 use clap::Args;
 use midspan_control::{Control, ControlParts, ControlSettings};
+use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_platform::{
-    http::handler, listener::Listener, owners::NoOwners, rendezvous::MemoryRendezvous, telemetry::LogSettings,
+    clock, http::handler, listener::Listener, owners::NoOwners, rendezvous::MemoryRendezvous,
+    telemetry::LogSettings,
 };
 use tracing::warn;
 
@@ -37,15 +39,21 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
     let process = server_settings.prepare().await?;
     let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
     warn!("the memory store is not shared: no edge in another process can be seen from here");
+    let replica = Owner {
+        name: settings.control_name.clone(),
+        incarnation: Incarnation::from_random(clock::random()),
+        address: String::new(),
+    };
     let control = Control::start(ControlParts {
         credentials: server_settings.secrets.credentials(credentials, &process.lifecycle).await?,
         settings,
         hosts,
+        replica,
         edge_url,
         secrets: process.secrets.clone(),
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
-        rendezvous: Arc::new(MemoryRendezvous::new()),
+        rendezvous: Arc::new(MemoryRendezvous::default()),
         owners: Arc::new(NoOwners),
         activity: process.activity.clone(),
     });

@@ -75,7 +75,8 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         incarnation: Incarnation::from_random(clock::random()),
         address: String::new(),
     };
-    let rendezvous = Arc::new(MemoryRendezvous::new());
+    let replica = Owner { name: control.control_name.clone(), ..owner.clone() };
+    let rendezvous = Arc::new(MemoryRendezvous::default());
     let threads = DataThreads::start(edge_settings.data_threads).context("the data threads do not start")?;
     let edge = Edge::start(EdgeParts {
         settings: edge_settings,
@@ -91,6 +92,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         credentials: server.secrets.credentials(credentials, &process.lifecycle).await?,
         settings: control,
         hosts,
+        replica,
         edge_url,
         secrets: process.secrets.clone(),
         lifecycle: process.lifecycle.clone(),

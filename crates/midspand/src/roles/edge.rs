@@ -46,7 +46,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         secrets: process.secrets.clone(),
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
-        rendezvous: Arc::new(MemoryRendezvous::new()),
+        rendezvous: Arc::new(MemoryRendezvous::default()),
         activity: process.activity.clone(),
         threads,
     });

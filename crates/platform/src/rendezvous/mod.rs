@@ -1,15 +1,24 @@
-//! Where the processes of one relay meet: records of streams, device links, and edges.
+//! Where the processes of one relay meet: records of streams, device links, and leases.
+//!
+//! A store has a clock of its own, by which leases and handshakes expire: the processes' clocks need not agree. It may
+//! forget all or some of what it was told (a restart, a failover). It says so when a lease is renewed, and whoever holds
+//! streams or links announces them again: the processes hold the truth, and the store only brings it together.
 
 mod memory;
+mod settling;
+
+use std::time::Duration;
 
 use async_trait::async_trait;
 use midspan_core::{
+    api::HANDSHAKE_MAX,
     id::{DeviceAddress, StreamId},
-    limit::LimitReached,
+    limit::{LimitName, LimitReached},
     record::{StreamRecord, StreamState},
     ticket::Owner,
     time::UnixTime,
 };
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use memory::MemoryRendezvous;
@@ -30,6 +39,23 @@ pub enum CreateError {
     Store(#[from] StoreError),
 }
 
+impl CreateError {
+    fn device_limit(record: &StreamRecord, limits: StreamLimits) -> Self {
+        let scope = format!("device {}", record.address);
+        Self::limit(LimitName::StreamsPerDevice, limits.per_device, scope)
+    }
+
+    fn service_limit(record: &StreamRecord, limits: StreamLimits) -> Self {
+        let scope = format!("service {}", record.credential);
+        Self::limit(LimitName::StreamsPerService, limits.per_service, scope)
+    }
+
+    fn limit(name: LimitName, value: u64, scope: String) -> Self {
+        // Streams end when they end: there is no better guess than soon.
+        Self::Limit(LimitReached { name, value, scope, retry_after_seconds: 1 })
+    }
+}
+
 /// How many streams may exist at a time, half-open ones included.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamLimits {
@@ -39,31 +65,114 @@ pub struct StreamLimits {
     pub per_service: u64,
 }
 
-/// An edge, as it announces itself every second.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct EdgeLease {
+/// What a process of the relay does.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum ServerRole {
+    /// It serves the API and holds device links.
+    Control,
+    /// It joins the legs of streams.
+    Edge,
+}
+
+/// A process of the relay, as it announces itself every [`Timing::renewal`].
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Lease {
+    /// What it does.
+    pub role: ServerRole,
     /// Name, life and internal address.
     pub owner: Owner,
-    /// Whether new streams may be placed here: neither draining nor full.
-    pub takes_streams: bool,
+    /// Whether new streams, or links, may be placed here: neither draining nor full.
+    pub accepts: bool,
+    /// How many streams an edge has, half-open ones included, or how many device links a control replica holds.
+    pub load: u64,
+}
+
+/// Who is there.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Leases {
+    /// The leases that are alive, in the order of their owners' names.
+    pub alive: Vec<Lease>,
+    /// Whether a lease that is missing here means that its owner is gone.
+    ///
+    /// Not so for two renewals after a time in which the store could not be reached, or had forgotten: the owners of missing
+    /// leases may only not have come round yet.
+    pub settled: bool,
+}
+
+/// What the renewal of a lease brought to light.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Renewal {
+    /// The store may have forgotten since the last renewal: what is held is to be announced again, with
+    /// [`Rendezvous::restore_streams`] and [`Rendezvous::restore_links`].
+    pub forgotten: bool,
 }
 
 /// A device's link, as it is seen from outside the replica that holds it.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LinkRecord {
+    /// The control replica that holds it. When its lease is gone, so is the link.
+    pub replica: Owner,
     /// Grows with every link of the device; the highest one is the device's.
     pub generation: u64,
     /// Since when.
     pub since: UnixTime,
 }
 
+/// What comes of a device's new link.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinkUp {
+    /// Higher than all before.
+    pub generation: u64,
+    /// The link that it takes the place of, which its replica may have to be told.
+    pub replaced: Option<LinkRecord>,
+    /// The replicas that wait for this device.
+    pub waiting: Vec<Owner>,
+}
+
+/// The times that a store lives by.
+#[derive(Debug, Clone, Copy)]
+pub struct Timing {
+    /// How long a lease lives without being renewed.
+    pub lease: Duration,
+    /// How often leases are renewed.
+    pub renewal: Duration,
+    /// How long an ended stream is remembered.
+    pub remember: Duration,
+    /// How long after a handshake's time the store waits for others to end it.
+    pub slack: Duration,
+}
+
+impl Default for Timing {
+    fn default() -> Self {
+        Self {
+            lease: Duration::from_secs(5),
+            renewal: Duration::from_secs(1),
+            remember: Duration::from_secs(300),
+            slack: Duration::from_secs(2),
+        }
+    }
+}
+
+impl Timing {
+    /// How long after its beginning the handshake of `record` is given up: by the store's clock, not by the one that
+    /// the record was made by.
+    fn given_up_after(&self, record: &StreamRecord) -> Duration {
+        record.expires.since(record.created).min(HANDSHAKE_MAX) + self.slack
+    }
+}
+
 /// The records that all processes of one relay share.
 ///
-/// Memory is the store of a single process. Every implementation passes the suite in `tests/it/rendezvous.rs`.
+/// Memory is the store of a single process. Every implementation passes the suite in `tests/it/rendezvous`.
 #[async_trait]
 pub trait Rendezvous: Send + Sync {
-    /// Records a new stream, unless a limit is reached.
-    async fn create_stream(&self, record: StreamRecord, limits: StreamLimits) -> Result<(), CreateError>;
+    /// Records a new stream, unless a limit is reached. Gives the link of its device, when there is one.
+    async fn create_stream(
+        &self,
+        record: StreamRecord,
+        limits: StreamLimits,
+    ) -> Result<Option<LinkRecord>, CreateError>;
 
     /// Moves a stream on. Gives the record when that changed it; steps back are ignored.
     async fn advance_stream(
@@ -78,17 +187,29 @@ pub trait Rendezvous: Send + Sync {
     /// Up to `limit` streams that are not over, in the order of their ids, starting behind `after`.
     async fn streams(&self, after: Option<StreamId>, limit: usize) -> Result<Vec<StreamRecord>, StoreError>;
 
-    /// Ends handshakes that nobody has ended in time, forgets what ended long ago, and gives the former.
-    async fn expire(&self, now: UnixTime) -> Result<Vec<StreamRecord>, StoreError>;
+    /// Announces streams again that a store may have forgotten, as they stand now.
+    ///
+    /// What the store knows better stays as it is, but for the end of a stream whose edge it had thought lost. Limits do
+    /// not hold here: these streams are there.
+    async fn restore_streams(&self, streams: &[StreamRecord]) -> Result<(), StoreError>;
 
-    /// Announces an edge, or that it is still there.
-    async fn renew_edge(&self, lease: EdgeLease, now: UnixTime) -> Result<(), StoreError>;
+    /// Ends handshakes that nobody has ended in time and streams whose edge is gone, and gives those that it ended.
+    ///
+    /// Also forgets what ended long ago and the links of replicas that are gone. To be called every second or so by
+    /// every control replica; each end is given to one of them.
+    async fn expire(&self) -> Result<Vec<StreamRecord>, StoreError>;
 
-    /// The edges whose leases are alive.
-    async fn edges(&self, now: UnixTime) -> Result<Vec<EdgeLease>, StoreError>;
+    /// Announces a process, or that it is still there.
+    async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError>;
 
-    /// A device has a new link. Gives its generation, higher than all before.
-    async fn link_up(&self, device: &DeviceAddress, now: UnixTime) -> Result<u64, StoreError>;
+    /// Takes back the lease of a process that ends in good order.
+    async fn withdraw(&self, role: ServerRole, owner: &Owner) -> Result<(), StoreError>;
+
+    /// The processes of a role.
+    async fn leases(&self, role: ServerRole) -> Result<Leases, StoreError>;
+
+    /// A device has a new link, which `replica` holds.
+    async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError>;
 
     /// The link of this generation is gone. A newer one is left alone.
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError>;
@@ -96,19 +217,27 @@ pub trait Rendezvous: Send + Sync {
     /// The link of a device.
     async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError>;
 
+    /// Registers that `replica` waits for a device, for the time `wait`, and then looks whether its link is there
+    /// already: none is missed in between.
+    ///
+    /// A store that forgets forgets this as well; who waits longer asks again every few seconds.
+    async fn await_link(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        wait: Duration,
+    ) -> Result<Option<LinkRecord>, StoreError>;
+
     /// Up to `limit` linked devices, in the order of their addresses, starting behind `after`.
     async fn links(
         &self,
         after: Option<&DeviceAddress>,
         limit: usize,
     ) -> Result<Vec<(DeviceAddress, LinkRecord)>, StoreError>;
+
+    /// Announces links again that a store may have forgotten. Gives the devices that have a newer link by now.
+    async fn restore_links(
+        &self,
+        links: &[(DeviceAddress, LinkRecord)],
+    ) -> Result<Vec<DeviceAddress>, StoreError>;
 }
-
-/// How long an edge's lease lives without being renewed, in seconds.
-pub const LEASE_SECONDS: u64 = 5;
-
-/// How long an ended stream is remembered, in seconds.
-pub const REMEMBER_SECONDS: u64 = 300;
-
-/// How long after a handshake's time the store waits for its owner to end it, in seconds.
-pub const EXPIRY_SLACK_SECONDS: u64 = 2;

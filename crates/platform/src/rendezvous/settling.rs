@@ -1,0 +1,34 @@
+use std::time::{Duration, Instant};
+
+use super::Timing;
+
+/// When a missing lease proves nothing: while nobody could renew, and for two renewals after that.
+#[derive(Debug, Default)]
+pub(super) struct Settling {
+    renewed: Option<Instant>,
+    until: Option<Instant>,
+}
+
+/// The longest time without any renewal that is not taken for an outage: half a lease.
+pub(super) fn gap(timing: &Timing) -> Duration {
+    timing.lease / 2
+}
+
+impl Settling {
+    /// Some process has renewed its lease.
+    pub(super) fn renewed(&mut self, timing: &Timing, now: Instant) {
+        if !self.is_continuous(timing, now) {
+            self.until = Some(now + timing.renewal * 2);
+        }
+        self.renewed = Some(now);
+    }
+
+    /// Whether a missing lease means that its owner is gone.
+    pub(super) fn is_over(&self, timing: &Timing, now: Instant) -> bool {
+        self.is_continuous(timing, now) && self.until.is_none_or(|until| now >= until)
+    }
+
+    fn is_continuous(&self, timing: &Timing, now: Instant) -> bool {
+        self.renewed.is_some_and(|renewed| now.saturating_duration_since(renewed) <= gap(timing))
+    }
+}
