@@ -210,7 +210,7 @@ pub fn websocket(
     response
 }
 
-fn with_body(status: StatusCode, kind: &'static str, body: Bytes) -> HttpResponse {
+pub(crate) fn with_body(status: StatusCode, kind: &'static str, body: Bytes) -> HttpResponse {
     let mut response = Response::new(Full::new(body));
     *response.status_mut() = status;
     response.headers_mut().insert(header::CONTENT_TYPE, HeaderValue::from_static(kind));

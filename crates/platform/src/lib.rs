@@ -8,6 +8,7 @@ pub mod admin;
 pub mod clock;
 pub mod duration;
 pub mod http;
+pub mod internal;
 pub mod lifecycle;
 pub mod listener;
 pub mod metrics;

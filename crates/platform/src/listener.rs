@@ -28,6 +28,7 @@ use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
 use crate::{
     http::{Handler, HttpRequest, Peer, Upgrade},
+    internal::{CALLS_MAX, Tasks},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
     tls::TlsStream,
@@ -100,6 +101,7 @@ pub struct Listener {
     sockets: Vec<(Handle, std::net::TcpListener)>,
     address: SocketAddr,
     trusted: bool,
+    http2: bool,
 }
 
 /// How many connections may wait in the kernel to be accepted, for each socket.
@@ -133,13 +135,19 @@ impl Listener {
             address = socket.local_addr().context("the listener has no address")?;
             sockets.push((runtime.clone(), socket));
         }
-        Ok(Self { name, sockets, address, trusted: false })
+        Ok(Self { name, sockets, address, trusted: false, http2: false })
     }
 
     /// A listener that only peers from the inside reach: nobody there has to show who it is.
     #[must_use]
     pub fn trusted(self) -> Self {
         Self { trusted: true, ..self }
+    }
+
+    /// A listener that speaks HTTP/2 and nothing else.
+    #[must_use]
+    pub fn http2(self) -> Self {
+        Self { http2: true, ..self }
     }
 
     /// The address, with the real port.
@@ -156,11 +164,12 @@ impl Listener {
         lifecycle: &Lifecycle,
         handler: Handler,
     ) {
-        let Self { name, sockets, address, trusted } = self;
+        let Self { name, sockets, address, trusted, http2 } = self;
         info!(listener = name, %address, tls = tls.is_some(), "listening");
         let front = Arc::new(Front {
             name,
             trusted,
+            http2,
             tls,
             header_limit: settings.header_limit,
             places: Arc::new(Semaphore::new(settings.max_connections)),
@@ -191,6 +200,7 @@ fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener
 struct Front {
     name: &'static str,
     trusted: bool,
+    http2: bool,
     tls: Option<Arc<ServerConfig>>,
     header_limit: Duration,
     places: Arc<Semaphore>,
@@ -284,7 +294,12 @@ impl Front {
             }
         };
         let connection = Connection { transport, _held: Some(held) };
-        serve_http(connection, Arc::clone(peer), self.header_limit, &self.lifecycle, &self.handler).await;
+        let (peer, lifecycle) = (Arc::clone(peer), &self.lifecycle);
+        if self.http2 {
+            serve_http2(connection, peer, lifecycle, &self.handler).await;
+        } else {
+            serve_http(connection, peer, self.header_limit, lifecycle, &self.handler).await;
+        }
     }
 }
 
@@ -345,6 +360,27 @@ pub async fn serve_http(
         upgrade.take(parts.io.into_inner(), parts.read_buf);
     }
 }
+
+/// Serves HTTP/2 on one connection until it ends or the process stops.
+async fn serve_http2(connection: Connection, peer: Arc<Peer>, lifecycle: &Lifecycle, handler: &Handler) {
+    let handler = Arc::clone(handler);
+    let service = service_fn(move |mut request: HttpRequest| {
+        request.extensions_mut().insert(Arc::clone(&peer));
+        handler(request).map(Ok::<_, Infallible>)
+    });
+    let served = hyper::server::conn::http2::Builder::new(Tasks(lifecycle.clone()))
+        .timer(TokioTimer::new())
+        .keep_alive_interval(HTTP2_KEEP_ALIVE)
+        .keep_alive_timeout(HTTP2_KEEP_ALIVE)
+        .max_concurrent_streams(CALLS_MAX)
+        .serve_connection(TokioIo::new(connection), service);
+    if let Err(error) = served.await {
+        debug!(%error, "connection ended");
+    }
+}
+
+/// How often a peer that says nothing is asked whether it is there, and how long it may take to answer.
+const HTTP2_KEEP_ALIVE: Duration = Duration::from_secs(10);
 
 /// One connection of a listener, which keeps its place until it is dropped.
 #[derive(Debug)]

@@ -95,8 +95,9 @@ pub async fn server_config(
     Ok(Arc::new(config))
 }
 
+/// The files' contents.
 #[derive(PartialEq, Eq)]
-struct TlsText {
+pub(crate) struct TlsText {
     certificate: Vec<u8>,
     key: Vec<u8>,
 }
@@ -116,7 +117,7 @@ impl fmt::Debug for Reloaded {
 }
 
 impl TlsFiles {
-    async fn read(&self) -> anyhow::Result<TlsText> {
+    pub(crate) async fn read(&self) -> anyhow::Result<TlsText> {
         let read = async |what: &str, file: &Path| {
             tokio::fs::read(file).await.with_context(|| format!("cannot read the {what} {}", file.display()))
         };
@@ -128,7 +129,12 @@ impl TlsFiles {
 }
 
 impl TlsText {
-    fn parse(&self, files: &TlsFiles, hosts: &[String], now: UnixTime) -> anyhow::Result<CertifiedKey> {
+    pub(crate) fn parse(
+        &self,
+        files: &TlsFiles,
+        hosts: &[String],
+        now: UnixTime,
+    ) -> anyhow::Result<CertifiedKey> {
         let name = files.certificate.display();
         let chain: Vec<_> = CertificateDer::pem_slice_iter(&self.certificate)
             .collect::<Result<_, _>>()
