@@ -95,8 +95,12 @@ impl Relay {
             rendezvous: Arc::clone(&rendezvous) as _,
             activity,
             threads: DataThreads::current(),
+            internal: None,
         });
-        let answers = handler(move |request| std::future::ready(edge.handle(&request)));
+        let answers = handler(move |request| {
+            let edge = Arc::clone(&edge);
+            async move { edge.handle(&request).await }
+        });
         let relay = Self { lifecycle, rendezvous, keys, answers, owner };
         let limits = StreamLimits { per_device: 1, per_service: 1 };
         relay.rendezvous.create_stream(relay.record(), limits).await.unwrap();

@@ -10,10 +10,11 @@ use midspan_core::{
 use midspan_platform::{
     activity::{ActivityLog, Subject},
     clock,
+    internal::Internal,
     lifecycle::Lifecycle,
     listener::Connection,
     metrics::{Counted, Metrics},
-    owners::{OwnerUnreachable, Owners},
+    owners::{OwnerUnreachable, Owners, RemoteOwners},
     rendezvous::{Lease, Rendezvous, ServerRole, Timing},
     secrets::Secrets,
 };
@@ -22,6 +23,7 @@ use tracing::{debug, error, info, info_span, warn};
 
 use crate::{
     DataThreads, EdgeSettings,
+    forward::Forwards,
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     milestones::Milestone,
@@ -39,11 +41,15 @@ pub struct Edge {
     pub(crate) lifecycle: Lifecycle,
     pub(crate) metrics: EdgeMetrics,
     pub(crate) pairing: Arc<Pairing>,
-    splices: splice::Shared,
-    limits: Arc<Limits>,
+    pub(crate) splices: splice::Shared,
+    pub(crate) limits: Arc<Limits>,
     rendezvous: Arc<dyn Rendezvous>,
     activity: ActivityLog,
     threads: DataThreads,
+    /// The way to other edges; absent for an edge that is alone.
+    pub(crate) internal: Option<Internal>,
+    pub(crate) other_owners: Option<RemoteOwners>,
+    pub(crate) forwards: Arc<Forwards>,
 }
 
 /// What an edge is made of.
@@ -65,6 +71,8 @@ pub struct EdgeParts {
     pub activity: ActivityLog,
     /// Where joined streams run.
     pub threads: DataThreads,
+    /// The way to other edges; absent for an edge that is alone.
+    pub internal: Option<Internal>,
 }
 
 /// A stream whose legs are both there.
@@ -118,6 +126,9 @@ impl Edge {
             rendezvous: parts.rendezvous,
             activity: parts.activity,
             threads: parts.threads,
+            other_owners: parts.internal.clone().map(|internal| RemoteOwners::new(Arc::new(internal))),
+            internal: parts.internal,
+            forwards: Arc::default(),
         });
         let span = info_span!("edge", edge = edge.owner.name);
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
@@ -131,7 +142,8 @@ impl Edge {
     pub async fn drain(&self, grace: Duration) {
         let over = async {
             // Legs that are still being told of their end count as well.
-            while self.pairing.counts() != (0, 0) || self.metrics.open_legs() > 0 {
+            while self.pairing.counts() != (0, 0) || self.metrics.open_legs() > 0 || !self.forwards.is_empty()
+            {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
         };
@@ -141,12 +153,12 @@ impl Edge {
         // Expected legs are taken to the last, so ends may have to be told more than once.
         for _ in 0..DRAIN_ROUNDS {
             let left = self.pairing.live();
-            if left.is_empty() {
+            if left.is_empty() && self.forwards.is_empty() {
                 return;
             }
             info!(streams = left.len(), "the grace period is over, ending what is left");
             let ends = left.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
-            futures_util::future::join_all(ends).await;
+            tokio::join!(futures_util::future::join_all(ends), self.end_forwarded());
         }
     }
 

@@ -1,10 +1,11 @@
 //! The streaming edge: where the two legs of a stream meet.
 //!
 //! The path of a leg is the list of modules: `upgrade` checks the ticket and opens the WebSocket, `pairing` knows which
-//! legs are there, `leg` keeps the first one waiting, `threads` gives the joined stream a thread, `splice` moves the bytes,
+//! legs are there (a leg whose stream belongs to another edge goes there with `forward`), `leg` keeps the first one waiting, `threads` gives the joined stream a thread, `splice` moves the bytes,
 //! and the end is reported once.
 
 mod edge;
+mod forward;
 pub mod leg;
 mod metrics;
 mod milestones;

@@ -10,6 +10,8 @@ pub(crate) struct EdgeMetrics {
     pub(crate) joined: IntGauge,
     ends: IntCounterVec,
     refusals: IntCounterVec,
+    forwarded: IntGaugeVec,
+    forwarded_bytes: IntCounterVec,
 }
 
 impl EdgeMetrics {
@@ -33,9 +35,21 @@ impl EdgeMetrics {
                 "Legs that were refused, by the name of the problem they were told.",
                 "reason",
             ),
+            forwarded: metrics.gauges(
+                "midspan_edge_forwarded_legs",
+                "Open legs that are passed on to the edge that owns their stream, by role.",
+                "role",
+            ),
+            forwarded_bytes: metrics.counters(
+                "midspan_edge_forwarded_bytes_total",
+                "Bytes of forwarded legs that have ended, both ways together, by role.",
+                "role",
+            ),
         };
         for role in Role::ALL {
             this.legs.with_label_values(&[role.as_str()]);
+            this.forwarded.with_label_values(&[role.as_str()]);
+            this.forwarded_bytes.with_label_values(&[role.as_str()]);
         }
         for reason in CloseReason::ALL {
             this.ends.with_label_values(&[reason.label()]);
@@ -48,6 +62,14 @@ impl EdgeMetrics {
 
     pub(crate) fn leg(&self, role: Role) -> Counted {
         Counted::new(&self.legs.with_label_values(&[role.as_str()]))
+    }
+
+    pub(crate) fn forwarded(&self, role: Role) -> Counted {
+        Counted::new(&self.forwarded.with_label_values(&[role.as_str()]))
+    }
+
+    pub(crate) fn forwarded_bytes(&self, role: Role, bytes: [u64; 2]) {
+        self.forwarded_bytes.with_label_values(&[role.as_str()]).inc_by(bytes.iter().sum());
     }
 
     /// How many legs are open, those that are being told of their end included.

@@ -17,6 +17,8 @@ use midspan_platform::{
         HttpRequest, HttpResponse, authenticated, client_address, first_subprotocol, header as header_value,
         problem, websocket, websocket_key,
     },
+    internal::{answer_call, question},
+    owners::{END_PATH, EndStream},
 };
 use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -24,19 +26,70 @@ use tracing::{Span, debug_span, info};
 
 use crate::{
     edge::{Edge, LEEWAY},
+    forward::{CLIENT_ADDRESS, owner_gone},
     leg::Leg,
     pairing::Place,
 };
 
+/// A leg that may be opened: its ticket is good, and its request a WebSocket's.
+#[derive(Debug)]
+pub(crate) struct Admitted {
+    /// What it may do.
+    pub(crate) ticket: Ticket,
+    /// The value of `Sec-WebSocket-Accept`.
+    pub(crate) accept: HeaderValue,
+}
+
 impl Edge {
     /// Answers a request below `/bridges/`.
-    pub fn handle(self: &Arc<Self>, request: &HttpRequest) -> HttpResponse {
+    pub async fn handle(self: &Arc<Self>, request: &HttpRequest) -> HttpResponse {
         let client = client_address(request);
-        let mut answer = match self.open_leg(request) {
-            Ok(response) => return response,
-            Err(problem) => problem,
+        let opened = match self.admit(request) {
+            Ok(admitted) if self.owns(&admitted.ticket) => {
+                self.open_leg(request, admitted, client.as_deref())
+            }
+            // Boxed, because most legs need no room for it.
+            Ok(admitted) => Box::pin(self.forward(request, admitted, client.as_deref())).await,
+            Err(problem) => Err(problem),
         };
-        answer.request_id = format!("{:032x}", clock::random());
+        opened.unwrap_or_else(|problem| self.refuse(problem, client.as_deref()))
+    }
+
+    /// Answers a request of another process of the relay: a leg that it forwards, or a call.
+    pub async fn handle_internal(self: &Arc<Self>, request: HttpRequest) -> HttpResponse {
+        if !request.uri().path().starts_with("/bridges/") {
+            let edge = Arc::clone(self);
+            return answer_call(request, self.owner.incarnation, |path, question| {
+                Box::pin(async move { edge.answer(&path, &question).await })
+            })
+            .await;
+        }
+        let client = header_value(&request, CLIENT_ADDRESS);
+        let opened = match self.admit(&request) {
+            Ok(admitted) if self.owns(&admitted.ticket) => self.open_leg(&request, admitted, client),
+            // A leg is forwarded once.
+            Ok(_) => Err(owner_gone()),
+            Err(problem) => Err(problem),
+        };
+        opened.unwrap_or_else(|problem| self.refuse(problem, client))
+    }
+
+    async fn answer(&self, path: &str, text: &[u8]) -> Result<Vec<u8>, Problem> {
+        match path {
+            END_PATH => {
+                let EndStream { stream, reason } = question(text)?;
+                self.end_stream(stream, reason).await;
+                Ok(b"{}".to_vec())
+            }
+            _ => Err(Problem::new(ProblemKind::NotFound, "there is no such call")),
+        }
+    }
+
+    fn refuse(&self, mut answer: Problem, client: Option<&str>) -> HttpResponse {
+        // An owner that refused has given its own.
+        if answer.request_id.is_empty() {
+            answer.request_id = format!("{:032x}", clock::random());
+        }
         let name = answer.name().unwrap_or_default();
         self.metrics.refused(name);
         info!(
@@ -49,7 +102,7 @@ impl Edge {
         problem(&answer)
     }
 
-    fn open_leg(self: &Arc<Self>, request: &HttpRequest) -> Result<HttpResponse, Problem> {
+    fn admit(&self, request: &HttpRequest) -> Result<Admitted, Problem> {
         let LegPath { stream, role } = LegPath::parse(request.uri().path())?;
         if request.method() != Method::GET {
             let mut problem = Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET");
@@ -57,7 +110,21 @@ impl Edge {
             return Err(problem);
         }
         let ticket = self.check_ticket(request, stream, role)?;
-        let accept = check_upgrade(request.headers())?;
+        Ok(Admitted { ticket, accept: check_upgrade(request.headers())? })
+    }
+
+    fn owns(&self, ticket: &Ticket) -> bool {
+        ticket.owner.name == self.owner.name && ticket.owner.incarnation == self.owner.incarnation
+    }
+
+    fn open_leg(
+        self: &Arc<Self>,
+        request: &HttpRequest,
+        admitted: Admitted,
+        client: Option<&str>,
+    ) -> Result<HttpResponse, Problem> {
+        let Admitted { ticket, accept } = admitted;
+        let Ticket { stream, role, .. } = ticket;
         let place = self.take_place(&ticket)?;
         // Looked at once the place is taken: from here on, a change of the deny list finds the stream.
         if self.is_denied(&ticket.address, &ticket.credential) {
@@ -69,7 +136,6 @@ impl Edge {
 
         let counted = self.metrics.leg(role);
         let edge = Arc::clone(self);
-        let client = client_address(request);
         // The line at the end of a stream says it all: others are for those who look for a fault.
         let span = debug_span!(parent: None, "leg", stream.id = %stream, %role, client.address = client, trace.id = ticket.trace.trace_id());
         Ok(websocket(accept, first_subprotocol(request.headers()), move |io, early| {
@@ -96,10 +162,6 @@ impl Edge {
         if ticket.stream != stream || ticket.role != role {
             let detail = format!("the ticket is for the {} leg of stream {}", ticket.role, ticket.stream);
             return Err(Problem::new(ProblemKind::TicketMismatch, detail));
-        }
-        if ticket.owner.name != self.owner.name || ticket.owner.incarnation != self.owner.incarnation {
-            let detail = "the edge that was to join this stream has gone; ask for a new stream";
-            return Err(Problem::new(ProblemKind::OwnerGone, detail));
         }
         if now > ticket.credential_expires.plus(LEEWAY) {
             return Err(Problem::from_close(CloseReason::CredentialExpired));

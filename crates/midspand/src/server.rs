@@ -8,14 +8,17 @@ use midspan_platform::{
     activity::ActivityLog,
     admin::admin,
     http::Handler,
+    internal::{Internal, InternalSettings},
     lifecycle::Lifecycle,
     listener::{Listener, ListenerMetrics, ListenerSettings},
     metrics::Metrics,
+    rendezvous::ServerRole,
     secrets::{SecretSettings, Secrets},
     tls::{self, TlsFiles},
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::ServerConfig;
+use tokio::runtime::Handle;
 use tracing::{Span, info, warn};
 
 /// Where a process listens, and how it ends.
@@ -64,6 +67,17 @@ pub(crate) struct Process {
     pub(crate) activity: ActivityLog,
     admin: Listener,
     listener_metrics: ListenerMetrics,
+}
+
+/// The port for other processes of the relay, not served yet.
+#[derive(Debug)]
+pub(crate) struct InternalPort {
+    /// The way to the others.
+    pub(crate) calls: Internal,
+    /// Where the others find it.
+    pub(crate) address: String,
+    pub(crate) listener: Listener,
+    tls: Arc<ServerConfig>,
 }
 
 /// Descriptors that are no connection of the public listener: files, listeners, the admin port, the runtime.
@@ -126,6 +140,31 @@ impl ServerSettings {
 }
 
 impl Process {
+    /// Takes the port for other processes of the relay, to be served on `runtimes`. `None` for a process that is alone.
+    pub(crate) async fn internal(
+        &self,
+        settings: &ServerSettings,
+        internal: &InternalSettings,
+        role: ServerRole,
+        runtimes: &[Handle],
+    ) -> anyhow::Result<Option<InternalPort>> {
+        let (Some(address), Some((calls, tls))) = (
+            internal.internal_listen,
+            internal.start(role, settings.secrets.reload_interval, &self.lifecycle).await?,
+        ) else {
+            return Ok(None);
+        };
+        let listener = Listener::bind_on("internal", address, runtimes)?.trusted();
+        let address = internal.address(listener.address())?;
+        Ok(Some(InternalPort { calls, address, listener, tls }))
+    }
+
+    /// Begins to accept connections of other processes of the relay.
+    pub(crate) fn serve_internal(&self, settings: &ServerSettings, port: InternalPort, handler: Handler) {
+        let InternalPort { listener, tls, .. } = port;
+        listener.serve(Some(tls), &settings.connections, &self.listener_metrics, &self.lifecycle, handler);
+    }
+
     /// Begins to accept connections.
     pub(crate) fn serve(
         self,

@@ -1,8 +1,16 @@
-//! How the control plane reaches the edge that owns a stream.
+//! How the edge that owns a stream is reached.
+
+use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use midspan_core::{close::CloseReason, id::StreamId, ticket::Owner};
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
+
+use crate::{
+    internal::{CallError, Calls},
+    rendezvous::ServerRole,
+};
 
 /// The owner of a stream cannot be reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Error)]
@@ -25,5 +33,56 @@ pub struct NoOwners;
 impl Owners for NoOwners {
     async fn end(&self, _: &Owner, _: StreamId, _: CloseReason) -> Result<(), OwnerUnreachable> {
         Err(OwnerUnreachable)
+    }
+}
+
+/// Where an edge takes [`EndStream`].
+pub const END_PATH: &str = "/internal/v1/streams/end";
+
+/// The question of a call that ends a stream at its owner. It is answered with `{}` once the legs have been told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndStream {
+    /// The stream.
+    pub stream: StreamId,
+    /// Why it ends.
+    pub reason: CloseReason,
+}
+
+/// How long an owner may take to tell the legs of a stream.
+const END_LIMIT: Duration = Duration::from_secs(10);
+
+/// Owners in other processes.
+#[derive(Clone)]
+pub struct RemoteOwners(Arc<dyn Calls>);
+
+impl RemoteOwners {
+    /// Owners that are reached by `calls`.
+    pub fn new(calls: Arc<dyn Calls>) -> Self {
+        Self(calls)
+    }
+}
+
+#[async_trait]
+impl Owners for RemoteOwners {
+    async fn end(
+        &self,
+        owner: &Owner,
+        stream: StreamId,
+        reason: CloseReason,
+    ) -> Result<(), OwnerUnreachable> {
+        let question = serde_json::to_vec(&EndStream { stream, reason }).map_err(|_| OwnerUnreachable)?;
+        match self.0.call(ServerRole::Edge, owner, END_PATH, question, END_LIMIT).await {
+            // An owner that has ended has taken its streams with it.
+            Ok(_) | Err(CallError::Gone) => Ok(()),
+            Err(CallError::Unreachable(_) | CallError::Refused(_) | CallError::TimedOut) => {
+                Err(OwnerUnreachable)
+            }
+        }
+    }
+}
+
+impl fmt::Debug for RemoteOwners {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("RemoteOwners")
     }
 }

@@ -24,11 +24,9 @@ use midspan_core::{
 use midspan_platform::clock;
 use tokio::time::{Sleep, sleep_until};
 
+use self::half::{HASTE, Half, Patience};
+pub(crate) use self::shared::Kept;
 pub use self::{half::Pipe, shared::Shared};
-use self::{
-    half::{HASTE, Half, Patience},
-    shared::Kept,
-};
 pub use crate::vitals::Limits;
 use crate::vitals::Vitals;
 

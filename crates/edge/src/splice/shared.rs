@@ -88,7 +88,7 @@ impl Shared {
     }
 
     /// How much may be read now, in bytes: all of it may have to be kept.
-    pub(super) fn read_size(&self) -> usize {
+    pub(crate) fn read_size(&self) -> usize {
         (self.room() / READ_SHARE).clamp(READ_LEAST, READ_MOST)
     }
 
@@ -104,23 +104,23 @@ impl Shared {
 
 /// What one stream keeps, as part of what all keep.
 #[derive(Debug)]
-pub(super) struct Kept {
+pub(crate) struct Kept {
     shared: Shared,
     bytes: usize,
 }
 
 impl Kept {
-    pub(super) fn new(shared: Shared) -> Self {
+    pub(crate) fn new(shared: Shared) -> Self {
         Self { shared, bytes: 0 }
     }
 
-    pub(super) fn shared(&self) -> &Shared {
+    pub(crate) fn shared(&self) -> &Shared {
         &self.shared
     }
 
     /// Says how much it is now.
     #[inline]
-    pub(super) fn set(&mut self, bytes: usize) {
+    pub(crate) fn set(&mut self, bytes: usize) {
         if bytes == self.bytes {
             return;
         }

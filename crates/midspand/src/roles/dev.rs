@@ -87,6 +87,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         rendezvous: Arc::clone(&rendezvous) as _,
         activity: process.activity.clone(),
         threads,
+        internal: None,
     });
     let control = Control::start(ControlParts {
         credentials: server.secrets.credentials(credentials, &process.lifecycle).await?,
@@ -107,7 +108,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         let (legs, api) = (Arc::clone(&legs), Arc::clone(&api));
         async move {
             if request.uri().path().starts_with("/bridges/") {
-                legs.handle(&request)
+                legs.handle(&request).await
             } else {
                 api.handle(request).await
             }

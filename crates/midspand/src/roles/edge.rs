@@ -7,7 +7,12 @@ use clap::Args;
 use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
 use midspan_platform::{
-    clock, http::handler, listener::Listener, rendezvous::MemoryRendezvous, telemetry::LogSettings,
+    clock,
+    http::handler,
+    internal::InternalSettings,
+    listener::Listener,
+    rendezvous::{MemoryRendezvous, ServerRole},
+    telemetry::LogSettings,
 };
 use tracing::warn;
 
@@ -21,6 +26,8 @@ pub(crate) struct EdgeArguments {
     #[command(flatten)]
     edge: EdgeSettings,
     #[command(flatten)]
+    internal: InternalSettings,
+    #[command(flatten)]
     server: ServerSettings,
     #[command(flatten)]
     drain: DrainSettings,
@@ -29,16 +36,18 @@ pub(crate) struct EdgeArguments {
 }
 
 pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
-    let EdgeArguments { listen, edge: settings, server: server_settings, drain, log: _ } = arguments;
+    let EdgeArguments { listen, edge: settings, internal, server: server_settings, drain, log: _ } =
+        arguments;
     let threads = DataThreads::start(settings.data_threads).context("the data threads do not start")?;
     let public = Listener::bind_on("public", listen, &threads.runtimes())?;
     let process = server_settings.prepare().await?;
+    let port = process.internal(&server_settings, &internal, ServerRole::Edge, &threads.runtimes()).await?;
     let tls = server_settings.tls(&[], &process.lifecycle).await?;
     warn!("the memory store is not shared: no control plane in another process can place streams here");
     let owner = Owner {
         name: settings.edge_name.clone(),
         incarnation: Incarnation::from_random(clock::random()),
-        address: String::new(),
+        address: port.as_ref().map(|port| port.address.clone()).unwrap_or_default(),
     };
     let edge = Edge::start(EdgeParts {
         settings,
@@ -49,9 +58,21 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         rendezvous: Arc::new(MemoryRendezvous::default()),
         activity: process.activity.clone(),
         threads,
+        internal: port.as_ref().map(|port| port.calls.clone()),
     });
     let legs = Arc::clone(&edge);
-    let answers = handler(move |request| std::future::ready(legs.handle(&request)));
+    let answers = handler(move |request| {
+        let legs = Arc::clone(&legs);
+        async move { legs.handle(&request).await }
+    });
+    if let Some(port) = port {
+        let others = Arc::clone(&edge);
+        let answers = handler(move |request| {
+            let edge = Arc::clone(&others);
+            async move { edge.handle_internal(request).await }
+        });
+        process.serve_internal(&server_settings, port, answers);
+    }
     let lifecycle = process.serve(&server_settings, public, tls, answers);
     server::run(lifecycle, drain, edge.drain(drain.drain_grace)).await;
     Ok(())

@@ -84,21 +84,20 @@ impl InternalSettings {
         Ok(Some((Internal::new(identity, lifecycle.clone()), server)))
     }
 
-    /// Where others find the listener at `address`; empty for a process that is alone.
-    pub fn address(&self, address: Option<SocketAddr>) -> anyhow::Result<String> {
-        match (&self.internal_address, address) {
-            (Some(address), Some(_)) => {
+    /// Where others find the listener at `address`, `host:port`.
+    pub fn address(&self, address: SocketAddr) -> anyhow::Result<String> {
+        match &self.internal_address {
+            Some(address) => {
                 let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
                     !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
                 });
                 anyhow::ensure!(valid, "--internal-address {address}: expected host:port");
                 Ok(address.clone())
             }
-            (None, Some(address)) if address.ip().is_unspecified() => {
+            None if address.ip().is_unspecified() => {
                 bail!("--internal-address is missing: others cannot find {address}; give host:port")
             }
-            (None, Some(address)) => Ok(address.to_string()),
-            (_, None) => Ok(String::new()),
+            None => Ok(address.to_string()),
         }
     }
 }
