@@ -21,7 +21,7 @@ use midspan_platform::{
     activity::Subject,
     clock,
     metrics::Counted,
-    rendezvous::{CreateError, ServerRole, StoreError, StreamLimits},
+    rendezvous::{CreateError, ServerRole, StoreError, StoreFailure, StreamLimits},
 };
 use tokio::{
     sync::oneshot,
@@ -174,7 +174,9 @@ impl Attempt {
             Ok(Ok(_)) => {}
             Ok(Err(CreateError::Limit(limit))) => return Err(limit.into()),
             Ok(Err(CreateError::Store(error))) => return Err(store_problem(&error)),
-            Err(_) => return Err(store_problem(&StoreError("it took too long".to_owned()))),
+            Err(_) => {
+                return Err(store_problem(&StoreError::new(StoreFailure::TimedOut, "it took too long")));
+            }
         }
         self.owner = Some(owner.clone());
         Ok(owner)

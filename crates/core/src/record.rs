@@ -53,6 +53,18 @@ pub enum StreamState {
     Ended(StreamEnd),
 }
 
+impl StreamState {
+    /// How far it is: 0 to 3. Records only move to a higher one. A contract between releases that share a store.
+    pub fn rank(&self) -> u8 {
+        match self {
+            Self::Requested => 0,
+            Self::Accepted => 1,
+            Self::Joined { .. } => 2,
+            Self::Ended(_) => 3,
+        }
+    }
+}
+
 /// How a stream ended.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StreamEnd {
@@ -82,13 +94,7 @@ impl StreamRecord {
     /// Moves the record on. A step back, or out of an end, is ignored: messages about a stream may overtake each
     /// other. Says whether the record changed.
     pub fn advance(&mut self, next: StreamState) -> bool {
-        let rank = |state: &StreamState| match state {
-            StreamState::Requested => 0,
-            StreamState::Accepted => 1,
-            StreamState::Joined { .. } => 2,
-            StreamState::Ended(_) => 3,
-        };
-        let forward = rank(&next) > rank(&self.state);
+        let forward = next.rank() > self.state.rank();
         if forward {
             self.state = next;
         }

@@ -12,7 +12,9 @@ use midspan_platform::{
     lifecycle::Lifecycle,
     listener::{Listener, ListenerMetrics, ListenerSettings},
     metrics::Metrics,
-    rendezvous::ServerRole,
+    rendezvous::{
+        MemoryRendezvous, RedisRendezvous, RedisSettings, Rendezvous, ServerRole, StoreMetrics, Timing,
+    },
     secrets::{SecretSettings, Secrets},
     tls::{self, TlsFiles},
 };
@@ -65,6 +67,7 @@ pub(crate) struct Process {
     pub(crate) metrics: Metrics,
     pub(crate) secrets: Secrets,
     pub(crate) activity: ActivityLog,
+    store_metrics: StoreMetrics,
     admin: Listener,
     listener_metrics: ListenerMetrics,
 }
@@ -102,6 +105,7 @@ impl ServerSettings {
         Ok(Process {
             activity: ActivityLog::start(self.activity_log.clone(), &lifecycle, &metrics).await?,
             admin: Listener::bind("admin", self.admin_listen)?.trusted(),
+            store_metrics: StoreMetrics::new(&metrics),
             listener_metrics: ListenerMetrics::new(&metrics),
             lifecycle,
             metrics,
@@ -163,6 +167,16 @@ impl Process {
     pub(crate) fn serve_internal(&self, settings: &ServerSettings, port: InternalPort, handler: Handler) {
         let InternalPort { listener, tls, .. } = port;
         listener.serve(Some(tls), &settings.connections, &self.listener_metrics, &self.lifecycle, handler);
+    }
+
+    /// The store that all processes of the relay share, or the memory of this one.
+    pub(crate) fn rendezvous(&self, settings: &RedisSettings) -> anyhow::Result<Arc<dyn Rendezvous>> {
+        if settings.redis_url.is_empty() {
+            warn!("without --redis-url, no other process sees the streams and devices of this one");
+            return Ok(Arc::new(MemoryRendezvous::default()));
+        }
+        let metrics = self.store_metrics.clone();
+        Ok(Arc::new(RedisRendezvous::start(settings, Timing::default(), metrics, &self.lifecycle)?))
     }
 
     /// Begins to accept connections.

@@ -1,7 +1,8 @@
 //! Metrics of one process, in a registry that it owns, so that tests run side by side.
 
 use prometheus::{
-    CounterVec, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder,
+    CounterVec, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
+    TextEncoder,
     core::{Collector, GenericGauge},
 };
 
@@ -41,6 +42,12 @@ impl Metrics {
     /// A counter with one label.
     pub fn counters(&self, name: &str, help: &str, label: &str) -> IntCounterVec {
         self.register(IntCounterVec::new(Opts::new(name, help), &[label]))
+    }
+
+    /// A histogram of seconds, from a quarter of a millisecond to eight seconds.
+    pub fn histogram(&self, name: &str, help: &str) -> Histogram {
+        let buckets = (0..16).map(|power| 0.000_25 * f64::from(1 << power)).collect();
+        self.register(Histogram::with_opts(HistogramOpts::new(name, help).buckets(buckets)))
     }
 
     /// A counter of seconds with one label.

@@ -1,7 +1,11 @@
 //! What every rendezvous store must do. A new store is one more line at the end of this file.
 
+mod faults;
+mod redis;
+
 use std::{sync::Arc, time::Duration};
 
+use self::redis::{Behind, Cluster, Single, Tls};
 use midspan_core::{
     close::CloseReason,
     id::{DeviceAddress, Incarnation, StreamId},
@@ -328,6 +332,13 @@ async fn a_thousand_at_once_keep_the_limit(stores: &impl Stores) {
     assert_eq!(created, 100);
 }
 
+/// A stream from its beginning to its end.
+async fn a_life(store: &dyn Rendezvous, n: u128) {
+    store.create_stream(stream(n, "dev1"), WIDE).await.unwrap();
+    store.advance_stream(id(n), StreamState::Joined { joined: NOW }).await.unwrap();
+    store.advance_stream(id(n), ended(CloseReason::ServiceClosed)).await.unwrap();
+}
+
 /// Lets two processes end what is to be ended, until two streams are, and gives them in the order of their ids.
 async fn expire_two(stores: [&Arc<dyn Rendezvous>; 2], alive: &Lease) -> Vec<StreamRecord> {
     within("two streams end", async {
@@ -412,7 +423,13 @@ macro_rules! suites {
 }
 
 suites! {
-    { memory: Memory }
+    {
+        memory: Memory,
+        single: Single,
+        tls: Tls,
+        sentinel: Behind,
+        cluster: Cluster,
+    }
     [
         streams_move_forward_only,
         the_first_end_stands_and_is_told_once,

@@ -7,10 +7,9 @@ use clap::Args;
 use midspan_control::{Control, ControlParts, ControlSettings};
 use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_platform::{
-    clock, http::handler, listener::Listener, owners::NoOwners, rendezvous::MemoryRendezvous,
+    clock, http::handler, listener::Listener, owners::NoOwners, rendezvous::RedisSettings,
     telemetry::LogSettings,
 };
-use tracing::warn;
 
 use crate::server::{self, DrainSettings, ServerSettings};
 
@@ -24,13 +23,16 @@ pub(crate) struct ControlArguments {
     #[command(flatten)]
     server: ServerSettings,
     #[command(flatten)]
+    redis: RedisSettings,
+    #[command(flatten)]
     drain: DrainSettings,
     #[command(flatten)]
     pub(crate) log: LogSettings,
 }
 
 pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
-    let ControlArguments { listen, control: settings, server: server_settings, drain, log: _ } = arguments;
+    let ControlArguments { listen, control: settings, server: server_settings, redis, drain, log: _ } =
+        arguments;
     let credentials = settings.credentials_file.clone().context("--credentials-file is missing")?;
     let edge_url = settings.edge_url.clone().context("--edge-url is missing")?;
     let hosts = settings.public_hosts.clone();
@@ -38,7 +40,6 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
     let public = Listener::bind("public", listen)?;
     let process = server_settings.prepare().await?;
     let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
-    warn!("the memory store is not shared: no edge in another process can be seen from here");
     let replica = Owner {
         name: settings.control_name.clone(),
         incarnation: Incarnation::from_random(clock::random()),
@@ -53,7 +54,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         secrets: process.secrets.clone(),
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
-        rendezvous: Arc::new(MemoryRendezvous::default()),
+        rendezvous: process.rendezvous(&redis)?,
         owners: Arc::new(NoOwners),
         activity: process.activity.clone(),
     });

@@ -11,10 +11,9 @@ use midspan_platform::{
     http::handler,
     internal::InternalSettings,
     listener::Listener,
-    rendezvous::{MemoryRendezvous, ServerRole},
+    rendezvous::{RedisSettings, ServerRole},
     telemetry::LogSettings,
 };
-use tracing::warn;
 
 use crate::server::{self, DrainSettings, ServerSettings};
 
@@ -30,20 +29,21 @@ pub(crate) struct EdgeArguments {
     #[command(flatten)]
     server: ServerSettings,
     #[command(flatten)]
+    redis: RedisSettings,
+    #[command(flatten)]
     drain: DrainSettings,
     #[command(flatten)]
     pub(crate) log: LogSettings,
 }
 
 pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
-    let EdgeArguments { listen, edge: settings, internal, server: server_settings, drain, log: _ } =
+    let EdgeArguments { listen, edge: settings, internal, redis, server: server_settings, drain, log: _ } =
         arguments;
     let threads = DataThreads::start(settings.data_threads).context("the data threads do not start")?;
     let public = Listener::bind_on("public", listen, &threads.runtimes())?;
     let process = server_settings.prepare().await?;
     let port = process.internal(&server_settings, &internal, ServerRole::Edge, &threads.runtimes()).await?;
     let tls = server_settings.tls(&[], &process.lifecycle).await?;
-    warn!("the memory store is not shared: no control plane in another process can place streams here");
     let owner = Owner {
         name: settings.edge_name.clone(),
         incarnation: Incarnation::from_random(clock::random()),
@@ -55,7 +55,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         secrets: process.secrets.clone(),
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
-        rendezvous: Arc::new(MemoryRendezvous::default()),
+        rendezvous: process.rendezvous(&redis)?,
         activity: process.activity.clone(),
         threads,
         internal: port.as_ref().map(|port| port.calls.clone()),

@@ -5,6 +5,8 @@
 //! streams or links announces them again: the processes hold the truth, and the store only brings it together.
 
 mod memory;
+mod metrics;
+mod redis;
 mod settling;
 
 use std::time::Duration;
@@ -22,11 +24,34 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 pub use memory::MemoryRendezvous;
+pub use metrics::StoreMetrics;
+pub use redis::{RedisRendezvous, RedisSettings, RedisUrl};
 
-/// The store does not answer. The caller answers 503 and the service may try again.
+/// The store does not do what it was asked. The caller answers 503 and the service may try again.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
-#[error("the rendezvous store does not answer: {0}")]
-pub struct StoreError(pub String);
+#[error("the rendezvous store does not answer ({}): {detail}", failure.label())]
+pub struct StoreError {
+    /// How it failed.
+    pub failure: StoreFailure,
+    detail: String,
+}
+
+/// How a store failed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoreFailure {
+    /// There is no connection to it.
+    Unreachable,
+    /// It took too long.
+    TimedOut,
+    /// It is a replica, or has become one.
+    ReadOnly,
+    /// It has no memory left.
+    Full,
+    /// It does not take the user or the password, or the user may not do this.
+    Refused,
+    /// Anything else.
+    Other,
+}
 
 /// Why a stream was not recorded.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
@@ -37,6 +62,31 @@ pub enum CreateError {
     /// The store does not answer.
     #[error(transparent)]
     Store(#[from] StoreError),
+}
+
+impl StoreError {
+    /// A failure, with words about it.
+    pub fn new(failure: StoreFailure, detail: impl Into<String>) -> Self {
+        Self { failure, detail: detail.into() }
+    }
+}
+
+impl StoreFailure {
+    /// Every one there is.
+    pub const ALL: [Self; 6] =
+        [Self::Unreachable, Self::TimedOut, Self::ReadOnly, Self::Full, Self::Refused, Self::Other];
+
+    /// The failure in logs and metrics.
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Unreachable => "unreachable",
+            Self::TimedOut => "timed_out",
+            Self::ReadOnly => "read_only",
+            Self::Full => "full",
+            Self::Refused => "refused",
+            Self::Other => "other",
+        }
+    }
 }
 
 impl CreateError {

@@ -1,0 +1,3 @@
+-- live
+redis.call('HSET', base .. 'slots', 'live', ARGV[1])
+return 1

@@ -1,0 +1,12 @@
+-- most, alive... Gives device and generation of links whose replicas are gone.
+local found = {}
+each_lost({ unpack(ARGV, 2) }, ARGV[1], function(owner, device)
+  local generation = listed(device)
+  if generation then
+    found[#found + 1] = device
+    found[#found + 1] = generation
+  else
+    leave_owner(owner, device)
+  end
+end)
+return found

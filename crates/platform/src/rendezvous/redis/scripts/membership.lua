@@ -1,0 +1,23 @@
+-- When a missing lease proves nothing: while nobody has renewed for half a lease, and for two renewals after that.
+local function is_continuous(lease, now)
+  local renewed = redis.call('HGET', base .. 'state', 'renewed')
+  return renewed and math.abs(now - renewed) <= lease / 2
+end
+
+local function is_settled(lease, now)
+  local settling = tonumber(redis.call('HGET', base .. 'state', 'settling')) or 0
+  return is_continuous(lease, now) and now >= settling
+end
+
+-- Calls `found` with each lease that is alive, as incarnation and value.
+local function each_alive(role, lease, now, found)
+  local leases = redis.call('HGETALL', base .. role)
+  for index = 1, #leases, 2 do
+    local renewed, value = string.match(leases[index + 1], '^(%d+) (.*)$')
+    if now - renewed <= lease then
+      found(leases[index], value)
+    elseif now - renewed > 10 * lease then
+      redis.call('HDEL', base .. role, leases[index])
+    end
+  end
+end

@@ -1,0 +1,2 @@
+-- streams
+return redis.call('ZREM', base .. 'streams', unpack(ARGV))

@@ -1,0 +1,2 @@
+-- role, incarnation
+return redis.call('HDEL', base .. ARGV[1], ARGV[2])

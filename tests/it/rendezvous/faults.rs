@@ -1,0 +1,1 @@
+//! What becomes of a shared store when its server fails.
