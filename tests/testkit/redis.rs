@@ -15,10 +15,10 @@ const START: Duration = Duration::from_secs(30);
 /// How long one command may take.
 const COMMAND: Duration = Duration::from_secs(5);
 
-/// Starts the program with its arguments, says its process id, and ends it with the end of standard input, which comes with
-/// the end of the process that holds the other side of the pipe.
+/// Starts the program with its arguments, says its process id, and ends it when told to, or with the end of standard input,
+/// which comes with the end of the process that holds the other side of the pipe.
 const GUARD: &str = r#"folder=$1; shift; redis-server "$@" >"$folder/log" 2>&1 </dev/null & echo $!
-cat >/dev/null; kill -KILL $! 2>/dev/null; rm -rf "$folder""#;
+read -r order; kill -KILL $! 2>/dev/null; [ "$order" = keep ] || rm -rf "$folder""#;
 
 /// A redis-server, or a sentinel, on a port of its own, with its files in a folder of its own. Nothing is kept over a restart
 /// but a Cluster's configuration.
@@ -88,11 +88,8 @@ impl RedisServer {
 
     /// Ends it at once, without a word to its clients.
     pub fn kill(&mut self) {
-        signal("KILL", self.process);
-        // The guard would wait for ever, and its folder goes with it.
-        drop(self.guard.stdin.take());
+        self.guard.stdin.take().unwrap().write_all(b"keep\n").unwrap();
         self.guard.wait().unwrap();
-        std::fs::create_dir_all(self.folder.path()).unwrap();
     }
 
     /// Starts it again where it was, with nothing in it.

@@ -1,1 +1,182 @@
-//! What becomes of a shared store when its server fails.
+//! What becomes of a shared store when its server fails, and of what the processes hold.
+
+use midspan_core::record::StreamState;
+use midspan_platform::rendezvous::{Lease, LinkRecord, Rendezvous, ServerRole, StoreFailure, Timing};
+use testkit::{RedisCluster, RedisSentinels, RedisServer, eventually, until};
+
+use super::{
+    NOW, WIDE, address, id, lease, owner,
+    redis::{View, arguments},
+    stream,
+};
+
+/// One process with a stream and a link, and the store that it told of them.
+struct Holder {
+    view: View,
+    lease: Lease,
+    link: LinkRecord,
+}
+
+impl Holder {
+    async fn start(arguments: &[String]) -> Self {
+        let view = View::open(arguments, Timing::default());
+        let lease = lease("edge-0", 1);
+        view.store.renew(&lease).await.unwrap();
+        view.store.create_stream(stream(1, "dev1"), WIDE).await.unwrap();
+        let replica = owner("control-0", 2);
+        let up = view.store.link_up(&address("dev1"), &replica).await.unwrap();
+        let link = view.store.link(&address("dev1")).await.unwrap().unwrap();
+        assert_eq!(link.generation, up.generation);
+        assert!(!view.store.renew(&lease).await.unwrap().forgotten, "nothing has happened yet");
+        Self { view, lease, link }
+    }
+
+    /// Renews until the store says that it has forgotten, announces everything again, and finds it there.
+    async fn recover(&self) {
+        let store = &self.view.store;
+        until("the store has forgotten", async || {
+            store.renew(&self.lease).await.ok().filter(|renewal| renewal.forgotten)
+        })
+        .await;
+        let joined = super::StreamRecord { state: StreamState::Joined { joined: NOW }, ..stream(1, "dev1") };
+        eventually("everything is announced", async || {
+            store.restore_streams(std::slice::from_ref(&joined)).await.is_ok()
+                && store.restore_links(&[(address("dev1"), self.link.clone())]).await.is_ok()
+        })
+        .await;
+        assert_eq!(store.stream(id(1)).await.unwrap(), Some(joined));
+        assert_eq!(store.link(&address("dev1")).await.unwrap().as_ref(), Some(&self.link));
+        assert_eq!(store.streams(None, 10).await.unwrap().len(), 1);
+        assert_eq!(store.links(None, 10).await.unwrap().len(), 1);
+        // The servers of a Cluster may come back one after the other.
+        eventually("it is said no more", async || {
+            store.renew(&self.lease).await.is_ok_and(|renewal| !renewal.forgotten)
+        })
+        .await;
+    }
+
+    async fn failure(&self) -> StoreFailure {
+        let store = &self.view.store;
+        until("the store fails", async || store.stream(id(1)).await.err()).await.failure
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_was_killed_comes_back_empty() {
+    let mut server = RedisServer::start(&[]);
+    let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
+    server.kill();
+    assert_eq!(holder.failure().await, StoreFailure::Unreachable);
+    server.restart();
+    holder.recover().await;
+    let store = &holder.view.store;
+    assert!(!store.leases(ServerRole::Edge).await.unwrap().settled, "the others have not come round yet");
+    let newer = store.link_up(&address("dev1"), &holder.link.replica).await.unwrap();
+    assert!(newer.generation > holder.link.generation);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_was_emptied_is_noticed() {
+    let server = RedisServer::start(&[]);
+    let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
+    server.command(&["FLUSHALL"]);
+    holder.recover().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_was_emptied_is_noticed() {
+    let cluster = RedisCluster::start();
+    let holder = Holder::start(&arguments(&format!("--redis-cluster --redis-url {}", cluster.urls()))).await;
+    for server in &cluster.servers {
+        server.command(&["FLUSHALL"]);
+        holder.recover().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_was_killed_comes_back_empty() {
+    let mut cluster = RedisCluster::start();
+    let holder = Holder::start(&arguments(&format!("--redis-cluster --redis-url {}", cluster.urls()))).await;
+    cluster.servers[0].kill();
+    cluster.servers[0].restart();
+    holder.recover().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_stands_still_is_not_waited_for() {
+    let server = RedisServer::start(&[]);
+    let quick = ["--redis-command-timeout", "300ms", "--redis-connect-timeout", "300ms"];
+    let mut words = arguments(&format!("--redis-url {}", server.url()));
+    let patience = words.iter().position(|word| word == "--redis-connect-timeout").unwrap();
+    words.drain(patience..patience + 4);
+    words.extend(quick.map(str::to_owned));
+    let holder = Holder::start(&words).await;
+    server.pause();
+    assert_eq!(holder.failure().await, StoreFailure::TimedOut);
+    // A thousand at once fail together, not one after the other.
+    let store = &holder.view.store;
+    let calls = (0..1000).map(|_| store.stream(id(1)));
+    assert!(futures_util::future::join_all(calls).await.iter().all(Result::is_err));
+    server.resume();
+    eventually("it answers again", async || store.stream(id(1)).await.is_ok_and(|found| found.is_some()))
+        .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_failover_by_sentinel_is_followed_and_noticed() {
+    let servers = RedisSentinels::start();
+    let words = format!("--redis-sentinel-master midspan --redis-url {}", servers.urls());
+    let holder = Holder::start(&arguments(&words)).await;
+    servers.fail_over();
+    holder.recover().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_server_that_takes_no_writes_is_told_apart() {
+    let server = RedisServer::start(&[]);
+    let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
+    let store = &holder.view.store;
+    // A replica of a server that is not there.
+    server.command(&["REPLICAOF", "127.0.0.1", "1"]);
+    let failed = until("a write fails", async || store.renew(&holder.lease).await.err()).await;
+    assert_eq!(failed.failure, StoreFailure::ReadOnly, "{failed}");
+    server.command(&["REPLICAOF", "NO", "ONE"]);
+    eventually("it takes writes again", async || store.renew(&holder.lease).await.is_ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_full_server_is_told_apart_and_stays_connected() {
+    let server = RedisServer::start(&[]);
+    let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
+    let store = &holder.view.store;
+    let create = async |n| store.create_stream(stream(n, "dev2"), WIDE).await;
+    server.command(&["CONFIG", "SET", "maxmemory", "1"]);
+    let connections = || {
+        let answer = server.command(&["INFO", "stats"]);
+        answer.lines().find(|line| line.starts_with("total_connections_received")).unwrap().to_owned()
+    };
+    let failed = create(2).await.unwrap_err();
+    let super::CreateError::Store(failed) = failed else { panic!("{failed}") };
+    assert_eq!(failed.failure, StoreFailure::Full, "{failed}");
+    assert!(store.stream(id(1)).await.unwrap().is_some(), "what is there can be read");
+    let before = connections();
+    assert!(create(3).await.is_err());
+    assert_ne!(before, connections(), "this very question is a connection");
+    server.command(&["CONFIG", "SET", "maxmemory", "0"]);
+    create(4).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_wrong_password_is_told_and_tried_again() {
+    let server = RedisServer::start(&["--requirepass", "right"]);
+    let folder = tempfile::tempdir().unwrap();
+    let file = folder.path().join("password");
+    std::fs::write(&file, "wrong").unwrap();
+    let words = format!("--redis-url {} --redis-password-file {}", server.url(), file.display());
+    let view = View::open(&arguments(&words), Timing::default());
+    let failed = view.store.stream(id(1)).await.unwrap_err();
+    assert_eq!(failed.failure, StoreFailure::Refused, "{failed}");
+    assert!(!failed.to_string().contains("wrong "), "{failed}");
+    std::fs::write(&file, "right\n").unwrap();
+    eventually("the file is read again", async || view.store.stream(id(1)).await.is_ok()).await;
+}

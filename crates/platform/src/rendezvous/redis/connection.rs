@@ -66,6 +66,7 @@ struct Connected {
 struct Dialled {
     connection: Connection,
     server: Option<Arc<str>>,
+    address: RedisAddress,
 }
 
 #[derive(Clone)]
@@ -88,6 +89,9 @@ const PAUSE_REFUSED: Duration = Duration::from_secs(3);
 
 /// A connection that lasted this long was worth something: the next try comes at once.
 const STABLE: Duration = Duration::from_secs(5);
+
+/// How often the sentinels are asked whether the master is still the same.
+const MASTER_CHECK: Duration = Duration::from_secs(1);
 
 /// How often a Cluster's connection itself tries a command again, where the server says that it would help.
 const CLUSTER_RETRIES: u32 = 3;
@@ -203,13 +207,14 @@ impl Redis {
             };
             let dialled = dialled.unwrap_or_else(|_| Err(too_late(self.target.connect_timeout)));
             match dialled {
-                Ok(Dialled { connection, server }) => {
+                Ok(Dialled { connection, server, address }) => {
                     info!(store = %self.target, "connected to the rendezvous store");
                     self.late.store(0, Ordering::Relaxed);
                     self.status.send_replace(Status::Connected(Connected { serial, connection, server }));
                     let since = clock::now();
                     tokio::select! {
                         _ = broken.wait_for(|broken| *broken >= serial) => {}
+                        () = self.master_moves(&address) => {}
                         () = stopped.cancelled() => return,
                     }
                     warn!(store = %self.target, "the connection to the rendezvous store is lost");
@@ -261,7 +266,7 @@ impl Redis {
         let information: String =
             command.query_async(&mut connection).await.map_err(|error| fault(&error))?;
         let server = field(&information, "run_id").map(Arc::from);
-        Ok(Dialled { connection: Connection::Server(connection), server })
+        Ok(Dialled { connection: Connection::Server(connection), server, address: address.clone() })
     }
 
     /// Asks all sentinels for the master, and takes the first server they name that is one: a sentinel may be behind.
@@ -271,38 +276,66 @@ impl Redis {
         sentinels: &[RedisAddress],
         password: Option<&SecretString>,
     ) -> Result<Dialled, StoreError> {
-        let secret = self.target.sentinel_password().await?;
-        // One that is stuck must not use up the master's time.
-        let limit = self.target.connect_timeout / 2;
-        let asked = sentinels.iter().map(async |sentinel| {
-            timeout(limit, self.ask_sentinel(sentinel, master, secret.as_ref()))
-                .await
-                .unwrap_or_else(|_| Err(too_late(limit)))
-        });
-        let mut error = StoreError::new(StoreFailure::Unreachable, "no sentinel");
-        let mut tried = Vec::new();
-        for named in join_all(asked).await {
-            let address = match named {
-                Ok(address) if tried.contains(&address) => continue,
-                Ok(address) => address,
-                Err(failed) => {
-                    error = failed;
-                    continue;
-                }
-            };
+        let mut error = StoreError::new(StoreFailure::ReadOnly, "the sentinels name no master");
+        for address in self.ask_sentinels(master, sentinels).await? {
             match self.dial_server(&address, password).await {
                 Ok(mut dialled) => {
                     let role = dialled.connection.send(&redis::cmd("ROLE")).await;
                     if is_master(&role.map_err(|error| fault(&error))?) {
                         return Ok(dialled);
                     }
-                    error = StoreError::new(StoreFailure::ReadOnly, "a sentinel names a replica");
                 }
                 Err(failed) => error = failed,
             }
-            tried.push(address);
         }
         Err(error)
+    }
+
+    /// The servers that the sentinels take for the master, the one that most of them name first: one may be behind.
+    async fn ask_sentinels(
+        &self,
+        master: &str,
+        sentinels: &[RedisAddress],
+    ) -> Result<Vec<RedisAddress>, StoreError> {
+        let password = self.target.sentinel_password().await?;
+        // One that is stuck must not use up the master's time.
+        let limit = self.target.connect_timeout / 2;
+        let asked = sentinels.iter().map(async |sentinel| {
+            let asked = timeout(limit, self.ask_sentinel(sentinel, master, password.as_ref())).await;
+            asked.unwrap_or_else(|_| Err(too_late(limit)))
+        });
+        let mut error = StoreError::new(StoreFailure::Unreachable, "no sentinel");
+        let mut named: Vec<(usize, RedisAddress)> = Vec::new();
+        for answer in join_all(asked).await {
+            match answer {
+                Ok(address) => match named.iter_mut().find(|(_, known)| *known == address) {
+                    Some((votes, _)) => *votes += 1,
+                    None => named.push((1, address)),
+                },
+                Err(failed) => error = failed,
+            }
+        }
+        named.sort_by_key(|(votes, _)| std::cmp::Reverse(*votes));
+        if named.is_empty() {
+            Err(error)
+        } else {
+            Ok(named.into_iter().map(|(_, address)| address).collect())
+        }
+    }
+
+    /// Returns when the sentinels name another server than the one at `address`: it may not know yet that it is the master no
+    /// longer, and would take what is lost.
+    async fn master_moves(&self, address: &RedisAddress) {
+        let Topology::Sentinel(master, sentinels) = &self.target.topology else {
+            return std::future::pending().await;
+        };
+        loop {
+            tokio::time::sleep(MASTER_CHECK).await;
+            let named = self.ask_sentinels(master, sentinels).await;
+            if named.is_ok_and(|named| named.first().is_some_and(|first| first != address)) {
+                return;
+            }
+        }
     }
 
     async fn ask_sentinel(
@@ -327,8 +360,9 @@ impl Redis {
         password: Option<&SecretString>,
     ) -> Result<Dialled, StoreError> {
         let is_tls = nodes.iter().any(|address| address.tls);
-        let nodes: Result<Vec<_>, _> = nodes.iter().map(|address| information(address, None, None)).collect();
-        let mut builder = ClusterClientBuilder::new(nodes.map_err(|error| fault(&error))?)
+        let addresses: Result<Vec<_>, _> =
+            nodes.iter().map(|address| information(address, None, None)).collect();
+        let mut builder = ClusterClientBuilder::new(addresses.map_err(|error| fault(&error))?)
             .connection_timeout(self.target.connect_timeout)
             .response_timeout(self.target.command_timeout)
             .retries(CLUSTER_RETRIES)
@@ -344,7 +378,7 @@ impl Redis {
         }
         let client = builder.build().map_err(|error| fault(&error))?;
         let connection = client.get_async_connection().await.map_err(|error| fault(&error))?;
-        Ok(Dialled { connection: Connection::Cluster(connection), server: None })
+        Ok(Dialled { connection: Connection::Cluster(connection), server: None, address: nodes[0].clone() })
     }
 
     async fn dial_one(
