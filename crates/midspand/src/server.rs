@@ -176,7 +176,7 @@ impl Process {
             return Ok(Arc::new(MemoryRendezvous::default()));
         }
         let metrics = self.store_metrics.clone();
-        Ok(Arc::new(RedisRendezvous::start(settings, Timing::default(), metrics, &self.lifecycle)?))
+        Ok(RedisRendezvous::start(settings, Timing::default(), metrics, &self.lifecycle)?)
     }
 
     /// Begins to accept connections.

@@ -1,7 +1,11 @@
 //! What becomes of a shared store when its server fails, and of what the processes hold.
 
-use midspan_core::record::StreamState;
-use midspan_platform::rendezvous::{Lease, LinkRecord, Rendezvous, ServerRole, StoreFailure, Timing};
+use std::time::Duration;
+
+use midspan_core::{close::CloseReason, record::StreamState};
+use midspan_platform::rendezvous::{
+    CreateError, Lease, LinkRecord, Rendezvous, ServerRole, StoreFailure, StreamLimits, Timing,
+};
 use testkit::{RedisCluster, RedisSentinels, RedisServer, eventually, until};
 
 use super::{
@@ -61,6 +65,12 @@ impl Holder {
     }
 }
 
+/// Arguments of a process that waits for 300 ms.
+fn impatient(url: &str) -> Vec<String> {
+    let words = arguments(&format!("--redis-url {url}"));
+    words.into_iter().map(|word| if word == "5s" { "300ms".to_owned() } else { word }).collect()
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_was_killed_comes_back_empty() {
     let mut server = RedisServer::start(&[]);
@@ -105,21 +115,21 @@ async fn a_shard_that_was_killed_comes_back_empty() {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_stands_still_is_not_waited_for() {
     let server = RedisServer::start(&[]);
-    let quick = ["--redis-command-timeout", "300ms", "--redis-connect-timeout", "300ms"];
-    let mut words = arguments(&format!("--redis-url {}", server.url()));
-    let patience = words.iter().position(|word| word == "--redis-connect-timeout").unwrap();
-    words.drain(patience..patience + 4);
-    words.extend(quick.map(str::to_owned));
-    let holder = Holder::start(&words).await;
+    let holder = Holder::start(&impatient(&server.url())).await;
     server.pause();
     assert_eq!(holder.failure().await, StoreFailure::TimedOut);
     // A thousand at once fail together, not one after the other.
     let store = &holder.view.store;
     let calls = (0..1000).map(|_| store.stream(id(1)));
     assert!(futures_util::future::join_all(calls).await.iter().all(Result::is_err));
+    // An end that nobody could hear of is told later.
+    let end = super::ended(CloseReason::ServiceClosed);
+    assert!(store.advance_stream(id(1), end.clone()).await.is_err());
     server.resume();
-    eventually("it answers again", async || store.stream(id(1)).await.is_ok_and(|found| found.is_some()))
-        .await;
+    eventually("the end is told", async || {
+        store.stream(id(1)).await.is_ok_and(|found| found.unwrap().state == end)
+    })
+    .await;
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -151,17 +161,18 @@ async fn a_full_server_is_told_apart_and_stays_connected() {
     let store = &holder.view.store;
     let create = async |n| store.create_stream(stream(n, "dev2"), WIDE).await;
     server.command(&["CONFIG", "SET", "maxmemory", "1"]);
-    let connections = || {
+    let connections = || -> u64 {
         let answer = server.command(&["INFO", "stats"]);
-        answer.lines().find(|line| line.starts_with("total_connections_received")).unwrap().to_owned()
+        let count = answer.lines().find_map(|line| line.strip_prefix("total_connections_received:"));
+        count.unwrap().parse().unwrap()
     };
     let failed = create(2).await.unwrap_err();
-    let super::CreateError::Store(failed) = failed else { panic!("{failed}") };
+    let CreateError::Store(failed) = failed else { panic!("{failed}") };
     assert_eq!(failed.failure, StoreFailure::Full, "{failed}");
     assert!(store.stream(id(1)).await.unwrap().is_some(), "what is there can be read");
     let before = connections();
     assert!(create(3).await.is_err());
-    assert_ne!(before, connections(), "this very question is a connection");
+    assert_eq!(connections(), before + 1, "the question is a connection, and there is no other");
     server.command(&["CONFIG", "SET", "maxmemory", "0"]);
     create(4).await.unwrap();
 }
@@ -179,4 +190,58 @@ async fn a_wrong_password_is_told_and_tried_again() {
     assert!(!failed.to_string().contains("wrong "), "{failed}");
     std::fs::write(&file, "right\n").unwrap();
     eventually("the file is read again", async || view.store.stream(id(1)).await.is_ok()).await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_place_that_nobody_freed_is_free_when_it_is_needed() {
+    let server = RedisServer::start(&[]);
+    let view = View::open(&impatient(&server.url()), Timing::default());
+    let limits = StreamLimits { per_device: 1, per_service: 1 };
+    view.store.create_stream(stream(1, "dev1"), limits).await.unwrap();
+    // The process that recorded the end died before it freed the place of the device and the slot of the service.
+    let record = server.command(&["KEYS", "*:stream:*"]);
+    assert_eq!(server.command(&["DEL", &record]), "1");
+    let count = server.command(&["KEYS", "*:services"]);
+    assert_eq!(server.command(&["DEL", &count]), "1");
+    eventually("the place is free", async || {
+        view.store.create_stream(stream(2, "dev1"), limits).await.is_ok()
+    })
+    .await;
+    let refused = view.store.create_stream(stream(3, "dev1"), limits).await;
+    assert!(matches!(refused, Err(CreateError::Limit(_))), "a place that is taken stays so: {refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn slots_of_a_service_come_back_from_a_process_that_is_gone() {
+    let server = RedisServer::start(&[]);
+    let arguments = arguments(&format!("--redis-url {}", server.url()));
+    let timing = Timing { lease: Duration::from_millis(500), ..Timing::default() };
+    // A process takes 10 slots at a time, and this one uses one of them.
+    let limits = StreamLimits { per_device: 1000, per_service: 640 };
+    let gone = View::open(&arguments, timing);
+    gone.store.create_stream(stream(1, "dev1"), limits).await.unwrap();
+    drop(gone);
+    let left = View::open(&arguments, timing);
+    for n in 2..=640 {
+        until("there is a slot", async || left.store.create_stream(stream(n, "dev1"), limits).await.ok())
+            .await;
+    }
+    let refused = left.store.create_stream(stream(641, "dev1"), limits).await;
+    assert!(matches!(refused, Err(CreateError::Limit(_))), "{refused:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn limits_hold_over_a_store_that_came_back_empty() {
+    let server = RedisServer::start(&[]);
+    let arguments = arguments(&format!("--redis-url {}", server.url()));
+    let [holder, other, third] = [(); 3].map(|()| View::open(&arguments, Timing::default()));
+    holder.store.create_stream(stream(1, "dev1"), WIDE).await.unwrap();
+    server.command(&["FLUSHALL"]);
+    holder.store.restore_streams(&[stream(1, "dev1")]).await.unwrap();
+    for (view, per_device, per_service) in [(&other, 1, 1000), (&third, 1000, 1)] {
+        let limits = StreamLimits { per_device, per_service };
+        let refused = view.store.create_stream(stream(2, "dev1"), limits).await;
+        assert!(matches!(refused, Err(CreateError::Limit(_))), "{limits:?}: {refused:?}");
+    }
+    other.store.create_stream(stream(3, "dev1"), WIDE).await.unwrap();
 }

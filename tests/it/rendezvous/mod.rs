@@ -179,7 +179,7 @@ async fn streams_of_a_lost_edge_end(stores: &impl Stores) {
     let [store, other] = stores.open(SHORT).await;
     let of = |n, edge: &Lease| StreamRecord { owner: edge.owner.clone(), ..stream(n, "dev1") };
     let (lost, alive) = (lease("edge-0", 1), lease("edge-0", 2));
-    store.renew(&lost).await.unwrap();
+    assert!(!store.renew(&lost).await.unwrap().forgotten);
     for (n, edge) in [(1, &lost), (2, &lost), (3, &alive)] {
         store.create_stream(of(n, edge), WIDE).await.unwrap();
     }
@@ -192,7 +192,8 @@ async fn streams_of_a_lost_edge_end(stores: &impl Stores) {
         assert!(matches!(record.state, StreamState::Ended(end) if end.reason == CloseReason::EdgeLost));
     }
 
-    // It was only cut off from the store for a while.
+    // It was only cut off from the store for a while, and is asked to announce its streams again.
+    assert!(store.renew(&lost).await.unwrap().forgotten);
     let joined = StreamRecord { state: StreamState::Joined { joined: NOW }, ..of(2, &lost) };
     store.restore_streams(std::slice::from_ref(&joined)).await.unwrap();
     assert_eq!(other.stream(id(2)).await.unwrap(), Some(joined));

@@ -48,7 +48,7 @@ impl View {
         let metrics = Metrics::new();
         let store = RedisRendezvous::start(&settings, timing, StoreMetrics::new(&metrics), &Lifecycle::new())
             .unwrap();
-        Self { store: Arc::new(store), metrics }
+        Self { store, metrics }
     }
 
     /// How many round trips there have been of these kinds.

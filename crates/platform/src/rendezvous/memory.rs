@@ -120,7 +120,7 @@ impl Rendezvous for MemoryRendezvous {
     async fn expire(&self) -> Result<Vec<StreamRecord>, StoreError> {
         let (now, unix) = (clock::now(), clock::unix());
         let mut records = self.records();
-        let settled = records.settling.is_over(&self.timing, now);
+        let settled = records.settling.is_over_since(&self.timing, now, self.timing.lease);
         let lost = |records: &Records, role, owner: &Owner| {
             let lease = records.lease_by_owner.get(&(role, owner.incarnation));
             settled && lease.is_none_or(|(_, renewed)| now.duration_since(*renewed) > self.timing.lease)
@@ -146,7 +146,9 @@ impl Rendezvous for MemoryRendezvous {
         records.streams.retain(|_, stream| !stream.record.is_ended() || now < stream.due);
         records.links.retain(|device, _| !gone.contains(device));
         records.waiting_by_device.retain(|_, waiting| waiting.iter().any(|(_, until)| now < *until));
-        records.lease_by_owner.retain(|_, (_, renewed)| now.duration_since(*renewed) <= self.timing.lease);
+        records
+            .lease_by_owner
+            .retain(|_, (_, renewed)| now.duration_since(*renewed) <= self.timing.lease * 10);
         Ok(ended)
     }
 
@@ -154,8 +156,10 @@ impl Rendezvous for MemoryRendezvous {
         let now = clock::now();
         let mut records = self.records();
         records.settling.renewed(&self.timing, now);
-        records.lease_by_owner.insert((lease.role, lease.owner.incarnation), (lease.clone(), now));
-        Ok(Renewal { forgotten: false })
+        let key = (lease.role, lease.owner.incarnation);
+        let before = records.lease_by_owner.insert(key, (lease.clone(), now));
+        let lapsed = before.is_some_and(|(_, renewed)| now.duration_since(renewed) > self.timing.lease);
+        Ok(Renewal { forgotten: lapsed })
     }
 
     async fn withdraw(&self, role: ServerRole, owner: &Owner) -> Result<(), StoreError> {

@@ -153,8 +153,8 @@ pub struct Leases {
 /// What the renewal of a lease brought to light.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Renewal {
-    /// The store may have forgotten since the last renewal: what is held is to be announced again, with
-    /// [`Rendezvous::restore_streams`] and [`Rendezvous::restore_links`].
+    /// The store may have forgotten since the last renewal, or had taken this process for lost: what is held is to be
+    /// announced again, with [`Rendezvous::restore_streams`] and [`Rendezvous::restore_links`], until that succeeds.
     pub forgotten: bool,
 }
 
@@ -225,6 +225,9 @@ pub trait Rendezvous: Send + Sync {
     ) -> Result<Option<LinkRecord>, CreateError>;
 
     /// Moves a stream on. Gives the record when that changed it; steps back are ignored.
+    ///
+    /// An end that could not be told is told again as soon as the store can be reached: who hears the error records the
+    /// end, and need not come back.
     async fn advance_stream(
         &self,
         stream: StreamId,

@@ -9,11 +9,6 @@ pub(super) struct Settling {
     until: Option<Instant>,
 }
 
-/// The longest time without any renewal that is not taken for an outage: half a lease.
-pub(super) fn gap(timing: &Timing) -> Duration {
-    timing.lease / 2
-}
-
 impl Settling {
     /// Some process has renewed its lease.
     pub(super) fn renewed(&mut self, timing: &Timing, now: Instant) {
@@ -25,10 +20,16 @@ impl Settling {
 
     /// Whether a missing lease means that its owner is gone.
     pub(super) fn is_over(&self, timing: &Timing, now: Instant) -> bool {
-        self.is_continuous(timing, now) && self.until.is_none_or(|until| now >= until)
+        self.is_over_since(timing, now, Duration::ZERO)
     }
 
+    /// Whether it was so `margin` ago already: to end what belongs to a missing process takes more than to doubt it.
+    pub(super) fn is_over_since(&self, timing: &Timing, now: Instant, margin: Duration) -> bool {
+        self.is_continuous(timing, now) && self.until.is_none_or(|until| now >= until + margin)
+    }
+
+    /// Whether there was no time of more than half a lease without any renewal.
     fn is_continuous(&self, timing: &Timing, now: Instant) -> bool {
-        self.renewed.is_some_and(|renewed| now.saturating_duration_since(renewed) <= gap(timing))
+        self.renewed.is_some_and(|renewed| now.saturating_duration_since(renewed) <= timing.lease / 2)
     }
 }

@@ -18,6 +18,7 @@ mod keys;
 mod scripts;
 mod settings;
 mod slots;
+mod untold;
 
 use std::{
     collections::{HashMap, VecDeque},
@@ -35,7 +36,7 @@ use midspan_core::{
     time::UnixTime,
 };
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
-use tracing::{debug, warn};
+use tracing::{Span, debug, warn};
 
 pub use self::settings::{RedisSettings, RedisUrl};
 use self::{
@@ -43,6 +44,7 @@ use self::{
     keys::{BUCKETS, Keys, link_bucket, stream_bucket},
     scripts::Script,
     slots::Slots,
+    untold::Untold,
 };
 use super::{
     CreateError, Lease, Leases, LinkRecord, LinkUp, Rendezvous, Renewal, ServerRole, StoreError,
@@ -59,6 +61,7 @@ pub struct RedisRendezvous {
     /// From the reservation of a device's place until its stream must be recorded.
     creation_limit: Duration,
     slots: Arc<Slots>,
+    untold: Untold,
     metrics: StoreMetrics,
     seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
 }
@@ -123,18 +126,21 @@ impl RedisRendezvous {
         timing: Timing,
         metrics: StoreMetrics,
         lifecycle: &Lifecycle,
-    ) -> anyhow::Result<Self> {
+    ) -> anyhow::Result<Arc<Self>> {
         let keys = Keys::new(settings.redis_prefix.clone());
         let redis = Redis::start(settings.target()?, metrics.clone(), lifecycle);
-        Ok(Self {
+        let store = Arc::new(Self {
             slots: Slots::start(Arc::clone(&redis), keys.clone(), timing.lease, lifecycle),
             redis,
             keys,
             timing,
             creation_limit: settings.redis_command_timeout * 2,
             metrics,
+            untold: Untold::default(),
             seen_by_incarnation: Mutex::default(),
-        })
+        });
+        lifecycle.spawn_recorder(Span::current(), Arc::clone(&store).tell_again(lifecycle.clone()));
+        Ok(store)
     }
 
     /// Takes a place among the streams of a device. Gives the device's link, or nothing when all places are taken.
@@ -188,6 +194,24 @@ impl RedisRendezvous {
         if let Err(error) = self.redis.run::<()>(Script::Release, &base, &[record.stream.to_string()]).await {
             debug!(stream.id = %record.stream, %error, "a place is freed when it is needed");
         }
+    }
+
+    async fn advance(&self, stream: StreamId, next: StreamState) -> Result<Option<StreamRecord>, StoreError> {
+        let arguments =
+            [stream.to_string(), next.rank().to_string(), json(&next)?, milliseconds(self.timing.remember)];
+        let base = self.keys.streams(stream_bucket(stream));
+        let advanced = self.redis.run::<Option<String>>(Script::AdvanceStream, &base, &arguments).await;
+        if advanced.is_err() && matches!(next, StreamState::Ended(_)) {
+            self.untold.push(stream, next.clone());
+        }
+        let Some(record) = advanced?.and_then(|record| self.read::<StreamRecord>(&record)) else {
+            return Ok(None);
+        };
+        let record = StreamRecord { state: next, ..record };
+        if record.is_ended() {
+            self.release(&record).await;
+        }
+        Ok(Some(record))
     }
 
     async fn restore_stream(&self, record: &StreamRecord) -> Result<(), StoreError> {
@@ -312,8 +336,8 @@ impl RedisRendezvous {
         Ok(is_newest)
     }
 
-    /// Whether the servers look otherwise than at the last renewal of `incarnation`.
-    async fn has_forgotten(&self, incarnation: Incarnation, mark: u64) -> bool {
+    /// Whether the servers look otherwise than at the last renewal of `incarnation`, or took it for lost in between.
+    async fn has_forgotten(&self, incarnation: Incarnation, mark: u64, lapsed: bool) -> bool {
         let mut marks = vec![(self.keys.membership(), mark)];
         let mut epoch = 0;
         if self.redis.is_cluster() {
@@ -325,8 +349,9 @@ impl RedisRendezvous {
             marks.extend(join_all(seen).await.into_iter().flatten());
         }
         let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap_or_else(PoisonError::into_inner);
+        let is_first = !seen_by_incarnation.contains_key(&incarnation);
         let seen = seen_by_incarnation.entry(incarnation).or_default();
-        seen.differs(self.redis.server(), epoch, marks)
+        seen.differs(self.redis.server(), epoch, marks) || (lapsed && !is_first)
     }
 
     /// A device's link out of replica, generation and time.
@@ -400,18 +425,7 @@ impl Rendezvous for RedisRendezvous {
         stream: StreamId,
         next: StreamState,
     ) -> Result<Option<StreamRecord>, StoreError> {
-        let arguments =
-            [stream.to_string(), next.rank().to_string(), json(&next)?, milliseconds(self.timing.remember)];
-        let base = self.keys.streams(stream_bucket(stream));
-        let record: Option<String> = self.redis.run(Script::AdvanceStream, &base, &arguments).await?;
-        let Some(record) = record.and_then(|record| self.read::<StreamRecord>(&record)) else {
-            return Ok(None);
-        };
-        let record = StreamRecord { state: next, ..record };
-        if record.is_ended() {
-            self.release(&record).await;
-        }
-        Ok(Some(record))
+        self.advance(stream, next).await
     }
 
     async fn stream(&self, stream: StreamId) -> Result<Option<StreamRecord>, StoreError> {
@@ -489,8 +503,8 @@ impl Rendezvous for RedisRendezvous {
             milliseconds(self.timing.lease),
             milliseconds(self.timing.renewal),
         ];
-        let mark = self.redis.run(Script::Renew, &self.keys.membership(), &arguments).await?;
-        Ok(Renewal { forgotten: self.has_forgotten(lease.owner.incarnation, mark).await })
+        let (mark, lapsed) = self.redis.run(Script::Renew, &self.keys.membership(), &arguments).await?;
+        Ok(Renewal { forgotten: self.has_forgotten(lease.owner.incarnation, mark, lapsed).await })
     }
 
     async fn withdraw(&self, of: ServerRole, owner: &Owner) -> Result<(), StoreError> {

@@ -4,16 +4,21 @@ local function is_continuous(lease, now)
   return renewed and math.abs(now - renewed) <= lease / 2
 end
 
-local function is_settled(lease, now)
+-- To end what belongs to a missing process takes a whole lease more than to doubt it.
+local function is_settled(lease, now, margin)
   local settling = tonumber(redis.call('HGET', base .. 'state', 'settling')) or 0
-  return is_continuous(lease, now) and now >= settling
+  return is_continuous(lease, now) and now >= settling + margin
+end
+
+local function parts(value)
+  return string.match(value, '^(%d+) (.*)$')
 end
 
 -- Calls `found` with each lease that is alive, as incarnation and value.
 local function each_alive(role, lease, now, found)
   local leases = redis.call('HGETALL', base .. role)
   for index = 1, #leases, 2 do
-    local renewed, value = string.match(leases[index + 1], '^(%d+) (.*)$')
+    local renewed, value = parts(leases[index + 1])
     if now - renewed <= lease then
       found(leases[index], value)
     elseif now - renewed > 10 * lease then
