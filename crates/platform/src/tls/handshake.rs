@@ -3,13 +3,17 @@
 use std::{io, sync::Arc};
 
 use rustls::{
-    ServerConfig,
+    CipherSuite, ServerConfig,
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus},
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::session::{RECORD_MAX, Session, record};
+use super::session::{HEADER, RECORD_MAX, Session, record};
+
+/// Where the length of the session id stands in the record of a `ClientHello`: after the type and the length of the message,
+/// the version and the random bytes.
+const HELLO_SESSION_ID: usize = HEADER + 1 + 3 + 2 + 32;
 
 /// Does the handshake on `socket`, and gives the session and what has come after the handshake.
 ///
@@ -18,10 +22,11 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     socket: &mut S,
     config: Arc<ServerConfig>,
 ) -> io::Result<(Session, Vec<u8>)> {
-    let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // The library sees one record after the other, so that it opens none that comes after the handshake.
-    let mut seen = 0;
+    let mut seen = receive(socket, &mut incoming, 0).await?;
+    let config = for_client(config, &incoming[..seen]);
+    let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
     loop {
         let (discard, step) = process(&mut connection, &mut incoming[..seen], &mut outgoing);
         incoming.drain(..discard);
@@ -30,15 +35,7 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
             Step::Process => {}
             Step::Read => {
                 send(socket, &mut outgoing).await?;
-                if seen == incoming.len() {
-                    incoming.reserve(RECORD_MAX);
-                    if socket.read_buf(&mut incoming).await? == 0 {
-                        return Err(truncated());
-                    }
-                }
-                // The library is to judge what is no record.
-                let next = record(&incoming[seen..]).ok().flatten().map_or(usize::MAX, |(_, size)| size);
-                seen = seen.saturating_add(next).min(incoming.len());
+                seen = receive(socket, &mut incoming, seen).await?;
             }
             Step::Done => {
                 send(socket, &mut outgoing).await?;
@@ -52,6 +49,57 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
             }
         }
     }
+}
+
+/// Reads until the record that begins at `start` is whole, and gives its end.
+async fn receive<S: AsyncRead + Unpin>(
+    socket: &mut S,
+    incoming: &mut Vec<u8>,
+    start: usize,
+) -> io::Result<usize> {
+    loop {
+        match record(&incoming[start..]) {
+            Ok(Some((_, size))) if start + size <= incoming.len() => return Ok(start + size),
+            Ok(_) => {}
+            // The library is to judge what is no record.
+            Err(_) => return Ok(incoming.len()),
+        }
+        incoming.reserve(RECORD_MAX);
+        if socket.read_buf(incoming).await? == 0 {
+            return Err(truncated());
+        }
+    }
+}
+
+/// The configuration for the client whose first record this is: one that puts `ChaCha20` first, as devices without
+/// instructions for AES do, gets it (as with OpenSSL's `SSL_OP_PRIORITIZE_CHACHA`), whatever the server's order.
+pub(super) fn for_client(mut config: Arc<ServerConfig>, hello: &[u8]) -> Arc<ServerConfig> {
+    let supported = &config.crypto_provider().cipher_suites;
+    let first = offered(hello).find(|suite| supported.iter().any(|supported| supported.suite() == *suite));
+    let chacha20 = matches!(
+        first,
+        Some(
+            CipherSuite::TLS13_CHACHA20_POLY1305_SHA256
+                | CipherSuite::TLS_ECDHE_ECDSA_WITH_CHACHA20_POLY1305_SHA256
+                | CipherSuite::TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256
+        )
+    );
+    if chacha20 && config.ignore_client_order {
+        Arc::make_mut(&mut config).ignore_client_order = false;
+    }
+    config
+}
+
+/// The cipher suites that a `ClientHello` offers, as far as they stand in its first record; none when it is something
+/// else, which the library is to judge (RFC 8446, section 4.1.2).
+fn offered(hello: &[u8]) -> impl Iterator<Item = CipherSuite> {
+    let suites = || {
+        let (session_id, rest) = hello.get(HELLO_SESSION_ID..)?.split_first()?;
+        let (size, rest) = rest.get(usize::from(*session_id)..)?.split_first_chunk()?;
+        Some(&rest[..rest.len().min(usize::from(u16::from_be_bytes(*size)))])
+    };
+    let (suites, _) = suites().unwrap_or_default().as_chunks();
+    suites.iter().map(|suite| CipherSuite::from(u16::from_be_bytes(*suite)))
 }
 
 enum Step {

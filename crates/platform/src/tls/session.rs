@@ -16,7 +16,7 @@ use rustls::{
 };
 
 /// The type, the version and the length that stand before each record, in bytes.
-const HEADER: usize = 5;
+pub(super) const HEADER: usize = 5;
 
 /// The most payload of one record, in bytes (RFC 8446, section 5.1).
 pub(super) const PAYLOAD_MAX: usize = 16 * 1024;

@@ -16,12 +16,14 @@ use rustls::{
         cipher::{InboundOpaqueMessage, MessageDecrypter, MessageEncrypter, OutboundChunks},
     },
     pki_types::PrivatePkcs8KeyDer,
+    sign::{CertifiedKey, SingleCertAndKey},
     version::{TLS12, TLS13},
 };
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    TlsStream,
+    TlsStream, configure,
+    handshake::for_client,
     session::{PAYLOAD_MAX, decrypter, encrypter, plain, record},
     stream::SEAL,
 };
@@ -145,6 +147,7 @@ impl Configs {
         Self::with_suites(version, aws_lc_rs::default_provider().cipher_suites)
     }
 
+    /// Of a client that offers `cipher_suites`, and a server that is set up as listeners are.
     fn with_suites(
         version: &'static SupportedProtocolVersion,
         cipher_suites: Vec<SupportedCipherSuite>,
@@ -154,19 +157,16 @@ impl Configs {
         roots.add(made.cert.der().clone()).unwrap();
         let key = PrivatePkcs8KeyDer::from(made.signing_key.serialize_der());
         let provider = Arc::new(CryptoProvider { cipher_suites, ..aws_lc_rs::default_provider() });
-        let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
+        let mut client = ClientConfig::builder_with_provider(provider)
             .with_protocol_versions(&[version])
             .unwrap()
             .with_root_certificates(roots)
             .with_no_client_auth();
         client.enable_secret_extraction = true;
-        let mut server = ServerConfig::builder_with_provider(provider)
-            .with_protocol_versions(&[version])
-            .unwrap()
-            .with_no_client_auth()
-            .with_single_cert(vec![made.cert.der().clone()], key.into())
-            .unwrap();
-        server.enable_secret_extraction = true;
+        let certificate =
+            CertifiedKey::from_der(vec![made.cert.der().clone()], key.into(), &aws_lc_rs::default_provider());
+        let resolver = Arc::new(SingleCertAndKey::from(certificate.unwrap()));
+        let server = configure(&[version], resolver).unwrap();
         Self { client: Arc::new(client), server: Arc::new(server) }
     }
 
@@ -388,6 +388,49 @@ fn every_cipher_carries_both_ways() {
 }
 
 #[test]
+fn the_server_takes_aes_128_unless_the_client_puts_chacha20_first() {
+    let offers = |version, first: &[&str]| {
+        let mut suites = aws_lc_rs::default_provider().cipher_suites;
+        suites.retain(|suite| suite.version() == version);
+        let name = |suite: &SupportedCipherSuite| format!("{suite:?}");
+        suites.sort_by_key(|suite| first.iter().position(|part| name(suite).contains(part)).unwrap_or(9));
+        let mut pair = Configs::with_suites(version, suites).connect();
+        pair.assert_both_ways();
+        name(&pair.client.negotiated_cipher_suite().unwrap())
+    };
+    for version in VERSIONS {
+        assert!(offers(version, &["AES_256", "CHACHA20"]).contains("AES_128"));
+        assert!(offers(version, &["AES_128"]).contains("AES_128"));
+        assert!(offers(version, &["CHACHA20", "AES_256"]).contains("CHACHA20"));
+        // A suite that the certificate's key cannot serve.
+        let chosen = offers(version, &["RSA_WITH_CHACHA20", "CHACHA20"]);
+        assert!(chosen.contains("CHACHA20") && !chosen.contains("RSA"), "{chosen}");
+    }
+}
+
+#[test]
+fn chacha20_is_first_where_only_unknown_suites_stand_before_it() {
+    let first = |suites: &[u8]| {
+        let head = [&[22, 3, 1, 0, 0, 1, 0, 0, 0, 3, 3][..], &[7; 32], &[2, 7, 7]].concat();
+        let size = u16::try_from(suites.len()).unwrap().to_be_bytes();
+        let hello = [&head, &size[..], suites].concat();
+        let config = Configs::new(&TLS13).server;
+        // However it is cut, it is read no further than it goes.
+        for end in 0..hello.len() {
+            for_client(Arc::clone(&config), &hello[..end]);
+        }
+        !for_client(config, &hello).ignore_client_order
+    };
+    let (grease, unknown, scsv) = ([0x4a, 0x4a], [0xff, 0xfe], [0, 0xff]);
+    let (aes, chacha20) = ([0x13, 2], [0x13, 3]);
+    assert!(first(&[grease, unknown, scsv, chacha20, aes].concat()));
+    assert!(!first(&[grease, aes, chacha20].concat()));
+    assert!(!first(&[grease, unknown].concat()));
+    assert!(!first(&[0x13]));
+    assert!(!first(&[]));
+}
+
+#[test]
 fn random_payload_arrives_however_it_is_cut() {
     for seed in 0..40 {
         let mut rng = StdRng::seed_from_u64(seed);
@@ -466,6 +509,37 @@ fn payload_may_come_with_the_end_of_the_handshake() {
     let mut pair = Pair { client, wire, server };
     assert_eq!(pair.server_reads_all(), vec![7; 40_000]);
     pair.assert_both_ways();
+}
+
+#[test]
+fn the_end_of_the_handshake_may_come_in_pieces_with_payload_behind_it() {
+    for version in VERSIONS {
+        for cut in 1.. {
+            let configs = Configs::new(version);
+            let (mut client, wire) = (configs.client(), Shared::default());
+            client.writer().write_all(b"behind").unwrap();
+            let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server)));
+            client.write_tls(&mut wire.lock().input).unwrap();
+            assert!(accept.as_mut().poll(&mut cx()).is_pending());
+            assert_eq!(receive(&mut client, &wire).1, None);
+            let mut flight = Vec::new();
+            while client.wants_write() {
+                client.write_tls(&mut flight).unwrap();
+            }
+            if cut >= flight.len() {
+                break;
+            }
+            wire.lock().input.extend_from_slice(&flight[..cut]);
+            let first = accept.as_mut().poll(&mut cx());
+            wire.lock().input.extend_from_slice(&flight[cut..]);
+            let accepted = if first.is_ready() { first } else { accept.as_mut().poll(&mut cx()) };
+            let Poll::Ready(server) = accepted else { panic!("no handshake, cut at {cut}") };
+            let mut pair = Pair { client, wire, server: server.unwrap() };
+            assert_eq!(receive(&mut pair.client, &pair.wire).1, None);
+            pair.deliver();
+            assert_eq!(pair.server_reads_all(), b"behind", "cut at {cut}");
+        }
+    }
 }
 
 #[test]
