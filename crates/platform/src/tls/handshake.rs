@@ -9,26 +9,31 @@ use rustls::{
 };
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
-use super::session::{HEADER, RECORD_MAX, Session, record};
+use super::{
+    secrets::Secrets,
+    session::{HEADER, RECORD_MAX, Session, record},
+};
 
 /// Where the length of the session id stands in the record of a `ClientHello`: after the type and the length of the message,
 /// the version and the random bytes.
 const HELLO_SESSION_ID: usize = HEADER + 1 + 3 + 2 + 32;
 
-/// Does the handshake on `socket`, and gives the session and what has come after the handshake.
+/// Does the handshake on `socket`, and gives the session, what has come after the handshake, and what is still to be sent.
 ///
-/// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must let secrets be extracted.
+/// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must be made by `configure`.
 pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     socket: &mut S,
     config: Arc<ServerConfig>,
-) -> io::Result<(Session, Vec<u8>)> {
+) -> io::Result<(Session, Vec<u8>, Vec<u8>)> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // The library sees one record after the other, so that it opens none that comes after the handshake.
     let mut seen = receive(socket, &mut incoming, 0).await?;
     let config = for_client(config, &incoming[..seen]);
     let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
+    let mut secrets = None;
     loop {
         let (discard, step) = process(&mut connection, &mut incoming[..seen], &mut outgoing);
+        secrets = Secrets::take().or(secrets);
         incoming.drain(..discard);
         seen -= discard;
         match step {
@@ -38,9 +43,14 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
                 seen = receive(socket, &mut incoming, seen).await?;
             }
             Step::Done => {
-                send(socket, &mut outgoing).await?;
-                let (secrets, keys) = connection.dangerous_into_kernel_connection().map_err(broken)?;
-                return Ok((Session::new(secrets, keys).map_err(broken)?, incoming));
+                let (keys, connection) = connection.dangerous_into_kernel_connection().map_err(broken)?;
+                let suite = connection.negotiated_cipher_suite();
+                // A client of TLS 1.2 waits for the end of the handshake; one of TLS 1.3 has it, and gets tickets.
+                if suite.tls13().is_none() {
+                    send(socket, &mut outgoing).await?;
+                }
+                outgoing.shrink_to_fit();
+                return Ok((Session::new(suite, keys, secrets).map_err(broken)?, incoming, outgoing));
             }
             Step::Failed(error) => {
                 // The peer is told why, if it still listens.

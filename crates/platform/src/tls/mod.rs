@@ -1,6 +1,7 @@
 //! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running.
 
 mod handshake;
+mod secrets;
 mod session;
 mod stream;
 
@@ -30,6 +31,7 @@ use rustls::{
 };
 use tracing::{Span, error, info, warn};
 
+use self::secrets::HandOut;
 use crate::{clock, lifecycle::Lifecycle};
 
 /// The certificate chain and the key of a listener, both PEM.
@@ -112,6 +114,9 @@ fn configure(
     config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // See `session`.
     config.enable_secret_extraction = true;
+    config.key_log = Arc::new(HandOut);
+    // A resumed session gets another one in place of the one that it used.
+    config.send_tls13_tickets = 1;
     Ok(config)
 }
 

@@ -1,6 +1,6 @@
 //! One TLS session after its handshake: the library's ciphers, and what little of the protocol is left.
 //!
-//! rustls does the handshake, derives the keys and opens and seals every record; it hands over the keys for that purpose
+//! rustls does the handshake, derives its keys and opens and seals every record; it hands over the keys for that purpose
 //! ([`rustls::kernel`]). Its own connection would copy each record once more in both directions, and keep the state of
 //! the handshake for good.
 
@@ -11,9 +11,10 @@ use rustls::{
         AeadKey, InboundOpaqueMessage, Iv, MessageDecrypter, MessageEncrypter, OutboundChunks,
         OutboundPlainMessage,
     },
-    kernel::KernelConnection,
-    server::ServerConnectionData,
+    crypto::tls13::OkmBlock,
 };
+
+use super::secrets::{Secrets, update};
 
 /// The type, the version and the length that stand before each record, in bytes.
 pub(super) const HEADER: usize = 5;
@@ -49,7 +50,9 @@ pub(super) fn append(to: &mut Vec<u8>, from: &[u8]) {
 
 /// The ciphers of a session and the state of its keys.
 pub(super) struct Session {
-    keys: KernelConnection<ServerConnectionData>,
+    suite: SupportedCipherSuite,
+    /// What TLS 1.3 makes new keys of, for which TLS 1.2 has no means.
+    secrets: Option<Secrets>,
     opener: Box<dyn MessageDecrypter>,
     opened: u64,
     sealer: Box<dyn MessageEncrypter>,
@@ -57,7 +60,7 @@ pub(super) struct Session {
     /// How many records one key may seal.
     sealed_max: u64,
     /// The start of a message of the handshake protocol that goes on in the next record.
-    message: Vec<u8>,
+    message: Box<[u8]>,
     empty: u8,
     key_updates: u8,
     warnings: u8,
@@ -118,21 +121,23 @@ impl From<Error> for Fatal {
 }
 
 impl Session {
+    /// Makes one of the keys that a handshake ended with, and the secrets that they came from.
     pub(super) fn new(
-        secrets: ExtractedSecrets,
-        keys: KernelConnection<ServerConnectionData>,
+        suite: SupportedCipherSuite,
+        keys: ExtractedSecrets,
+        secrets: Option<Secrets>,
     ) -> Result<Self, Error> {
-        let suite = keys.negotiated_cipher_suite();
-        let (opened, opening) = secrets.rx;
-        let (sealed, sealing) = secrets.tx;
+        let (opened, opening) = keys.rx;
+        let (sealed, sealing) = keys.tx;
         Ok(Self {
             opener: decrypter(suite, opening)?,
             opened,
             sealer: encrypter(suite, sealing, sealed)?,
             sealed,
             sealed_max: common(suite).confidentiality_limit,
-            keys,
-            message: Vec::new(),
+            suite,
+            secrets,
+            message: Box::default(),
             empty: 0,
             key_updates: 0,
             warnings: 0,
@@ -140,7 +145,7 @@ impl Session {
     }
 
     fn is_tls13(&self) -> bool {
-        self.keys.protocol_version() == ProtocolVersion::TLSv1_3
+        self.suite.tls13().is_some()
     }
 
     /// Opens the first of `records` in place, and says how long it was; `None` while it is not whole.
@@ -216,15 +221,16 @@ impl Session {
     /// Takes messages of the handshake protocol: after a handshake of TLS 1.3 a client sends key updates only, each of
     /// which ends with its record.
     fn take_message(&mut self, payload: &[u8]) -> Result<Opened<'static>, Fatal> {
-        self.message.extend_from_slice(&payload[..payload.len().min(KEY_UPDATE + 1)]);
-        if self.message.first().is_some_and(|typ| *typ != u8::from(HandshakeType::KeyUpdate)) {
+        let start = std::mem::take(&mut self.message);
+        let message = [&start, &payload[..payload.len().min(KEY_UPDATE + 1)]].concat();
+        if message.first().is_some_and(|typ| *typ != u8::from(HandshakeType::KeyUpdate)) {
             let error = InvalidMessage::UnexpectedMessage("no key update");
             return Err(Fatal::new(AlertDescription::UnexpectedMessage, error));
         }
-        if self.message.len() < KEY_UPDATE {
+        if message.len() < KEY_UPDATE {
+            self.message = message.into();
             return Ok(Opened::Nothing);
         }
-        let message = std::mem::take(&mut self.message);
         let requested = match message[1..] {
             [0, 0, 1, 0] => false,
             [0, 0, 1, 1] => true,
@@ -238,8 +244,8 @@ impl Session {
         if self.key_updates > KEY_UPDATES_MAX {
             return Err(PeerMisbehaved::TooManyKeyUpdateRequests.into());
         }
-        let (opened, secrets) = self.keys.update_rx_secret()?;
-        (self.opener, self.opened) = (decrypter(self.keys.negotiated_cipher_suite(), secrets)?, opened);
+        let key = self.new_key(|secrets| &mut secrets.opening)?;
+        (self.opener, self.opened) = (decrypter(self.suite, key)?, 0);
         Ok(Opened::KeyUpdate { requested })
     }
 
@@ -272,10 +278,19 @@ impl Session {
     pub(super) fn update_keys(&mut self) -> Result<Vec<u8>, Error> {
         let message = [u8::from(HandshakeType::KeyUpdate), 0, 0, 1, 0];
         let record = self.seal_record(ContentType::Handshake, OutboundChunks::Single(&message))?;
-        let (sealed, secrets) = self.keys.update_tx_secret()?;
-        (self.sealer, self.sealed) =
-            (encrypter(self.keys.negotiated_cipher_suite(), secrets, sealed)?, sealed);
+        let key = self.new_key(|secrets| &mut secrets.sealing)?;
+        (self.sealer, self.sealed) = (encrypter(self.suite, key, 0)?, 0);
         Ok(record)
+    }
+
+    fn new_key(
+        &mut self,
+        secret: impl FnOnce(&mut Secrets) -> &mut OkmBlock,
+    ) -> Result<ConnectionTrafficSecrets, Error> {
+        let (SupportedCipherSuite::Tls13(suite), Some(secrets)) = (self.suite, &mut self.secrets) else {
+            return Err(Error::General("a session whose keys cannot be replaced".to_owned()));
+        };
+        update(secret(secrets), suite)
     }
 
     /// Says that nothing more comes.

@@ -46,6 +46,9 @@ pub struct TlsStream<S> {
     /// Records that the socket has not taken, from `written` on.
     outgoing: Vec<u8>,
     written: usize,
+    /// Whether they are what the handshake has left, which is in no hurry: a write and a wake-up less for both ends when
+    /// it goes with the first payload.
+    tickets: bool,
     /// Whether the answer to a key update, or an alert, is among them.
     answering: bool,
     /// Whether the peer has said that nothing more comes.
@@ -53,21 +56,23 @@ pub struct TlsStream<S> {
     /// Whether we have.
     closed: bool,
     /// Why nothing more can be opened.
-    failure: Option<rustls::Error>,
+    failure: Option<Box<rustls::Error>>,
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Does the handshake.
     ///
-    /// Fails when the peer makes a mistake, or ends the connection. `config` must have `enable_secret_extraction` set.
+    /// Fails when the peer makes a mistake, or ends the connection. `config` must come from
+    /// [`server_config`](super::server_config).
     pub async fn accept(mut socket: S, config: Arc<ServerConfig>) -> io::Result<Self> {
-        let (session, mut records) = handshake(&mut socket, config).await?;
+        let (session, mut records, tickets) = handshake(&mut socket, config).await?;
         let mut stream = Self {
             socket,
             session,
             incoming: Vec::new(),
             opened: Vec::new(),
-            outgoing: Vec::new(),
+            tickets: !tickets.is_empty(),
+            outgoing: tickets,
             written: 0,
             answering: false,
             peer_closed: false,
@@ -87,6 +92,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             opened: self.opened,
             outgoing: self.outgoing,
             written: self.written,
+            tickets: self.tickets,
             answering: self.answering,
             peer_closed: self.peer_closed,
             closed: self.closed,
@@ -174,11 +180,12 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             self.answering = true;
         }
         self.closed = true;
-        self.failure = Some(error);
+        self.failure = Some(Box::new(error));
     }
 
     /// Writes what is outgoing.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        self.tickets = false;
         while self.written < self.outgoing.len() {
             let bytes = &self.outgoing[self.written..];
             let written = ready!(Pin::new(&mut self.socket).poll_write(cx, bytes))?;
@@ -239,7 +246,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncRead for TlsStream<S> {
                 return Poll::Ready(Ok(()));
             }
             if let Some(error) = &self.failure {
-                return Poll::Ready(Err(broken(error.clone())));
+                return Poll::Ready(Err(broken(rustls::Error::clone(error))));
             }
             ready!(self.poll_open(cx, reader))?;
         }
@@ -251,15 +258,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
         if self.closed {
             return Poll::Ready(Err(io::ErrorKind::BrokenPipe.into()));
         }
-        ready!(self.poll_send(cx))?;
+        if !self.tickets {
+            ready!(self.poll_send(cx))?;
+        }
+        if bytes.is_empty() {
+            return Poll::Ready(Ok(0));
+        }
         let payload = &bytes[..bytes.len().min(SEAL)];
-        let records = self.session.seal(payload).map_err(broken)?;
+        let mut records = self.session.seal(payload).map_err(broken)?;
+        if std::mem::take(&mut self.tickets) {
+            records.insert(0, std::mem::take(&mut self.outgoing));
+        }
         self.send(cx, &records)?;
         Poll::Ready(Ok(payload.len()))
     }
 
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        ready!(self.poll_send(cx))?;
+        if !self.tickets {
+            ready!(self.poll_send(cx))?;
+        }
         Pin::new(&mut self.socket).poll_flush(cx)
     }
 

@@ -284,7 +284,9 @@ impl Pair {
     }
 
     /// Takes the client's keys, to say what it would not.
-    fn forger(self) -> Forger {
+    fn forger(mut self) -> Forger {
+        // What the handshake has left is out of the way.
+        self.assert_both_ways();
         let Self { client, wire, server } = self;
         let suite = client.negotiated_cipher_suite().unwrap();
         let secrets = client.dangerous_extract_secrets().unwrap();
@@ -560,6 +562,36 @@ fn payload_that_comes_with_the_handshake_survives_the_end_behind_it() {
     assert_eq!(pair.server_reads(2).unwrap().unwrap(), b"al");
     assert_eq!(pair.server_reads(2).unwrap().unwrap(), b"l");
     assert_eq!(pair.server_reads(2).unwrap().unwrap(), b"");
+}
+
+#[test]
+fn tickets_leave_with_the_first_payload() {
+    let configs = Configs::new(&TLS13);
+    let mut pair = configs.connect();
+    assert!(Pin::new(&mut pair.server).poll_flush(&mut cx()).is_ready());
+    assert_eq!(pair.client_reads_all().0, b"");
+    assert_eq!(pair.client.tls13_tickets_received(), 0);
+    pair.wire.lock().room = Some(100);
+    assert_eq!(pair.server_writes(b"first").unwrap().unwrap(), 5);
+    assert!(pair.server_writes(b"second").is_none());
+    pair.wire.lock().room = None;
+    pair.server_writes_all(b"second");
+    assert_eq!(pair.client_reads_all().0, b"firstsecond");
+    assert_eq!(pair.client.tls13_tickets_received(), 1);
+
+    let mut pair = configs.connect();
+    pair.client.refresh_traffic_keys().unwrap();
+    pair.wire.lock().room = Some(100);
+    pair.client_sends(b"x");
+    assert_eq!(pair.server_reads_all(), b"x");
+    pair.wire.lock().room = None;
+    pair.assert_both_ways();
+    assert_eq!(pair.client.tls13_tickets_received(), 1);
+
+    let mut pair = configs.connect();
+    pair.server_shuts_down();
+    assert_eq!(pair.client_reads_all(), (Vec::new(), true));
+    assert_eq!(pair.client.tls13_tickets_received(), 1);
 }
 
 #[test]
