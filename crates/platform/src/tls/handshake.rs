@@ -11,12 +11,15 @@ use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
 
 use super::{
     secrets::Secrets,
-    session::{HEADER, RECORD_MAX, Session, record},
+    session::{HEADER, Session, record},
 };
 
 /// Where the length of the session id stands in the record of a `ClientHello`: after the type and the length of the message,
 /// the version and the random bytes.
 const HELLO_SESSION_ID: usize = HEADER + 1 + 3 + 2 + 32;
+
+/// What is read at once, in bytes: a `ClientHello` with a share for a post-quantum key exchange has less.
+const READ: usize = 2048;
 
 /// Does the handshake on `socket`, and gives the session, what has come after the handshake, and what is still to be sent.
 ///
@@ -68,13 +71,15 @@ async fn receive<S: AsyncRead + Unpin>(
     start: usize,
 ) -> io::Result<usize> {
     loop {
-        match record(&incoming[start..]) {
-            Ok(Some((_, size))) if start + size <= incoming.len() => return Ok(start + size),
-            Ok(_) => {}
+        let kept = incoming.len() - start;
+        let missing = match record(&incoming[start..]) {
+            Ok(Some((_, size))) if size <= kept => return Ok(start + size),
+            Ok(Some((_, size))) => size - kept,
+            Ok(None) => READ,
             // The library is to judge what is no record.
             Err(_) => return Ok(incoming.len()),
-        }
-        incoming.reserve(RECORD_MAX);
+        };
+        incoming.reserve(missing);
         if socket.read_buf(incoming).await? == 0 {
             return Err(truncated());
         }
