@@ -9,6 +9,7 @@ mod demo;
 mod docs;
 mod edge;
 mod ends;
+mod fleet;
 mod frames;
 mod fuzz_seeds;
 mod half_close;

@@ -13,6 +13,7 @@
 )]
 
 mod api;
+mod fleet;
 mod flow;
 mod frame;
 mod leg;
@@ -34,6 +35,7 @@ use std::{
 };
 
 pub use api::{Answer, ServiceApi};
+pub use fleet::{Fleet, Member};
 pub use flow::{FlowLeg, FlowReader, FlowWriter, Incoming};
 pub use frame::Frame;
 pub use leg::{Joined, Leg, RawLeg};

@@ -7,9 +7,15 @@ use clap::Args;
 use midspan_control::{Control, ControlParts, ControlSettings};
 use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_platform::{
-    clock, http::handler, listener::Listener, owners::NoOwners, rendezvous::RedisSettings,
+    clock,
+    http::handler,
+    internal::InternalSettings,
+    listener::Listener,
+    owners::{NoOwners, Owners, RemoteOwners},
+    rendezvous::{RedisSettings, ServerRole},
     telemetry::LogSettings,
 };
+use tokio::runtime::Handle;
 
 use crate::server::{self, DrainSettings, ServerSettings};
 
@@ -21,6 +27,8 @@ pub(crate) struct ControlArguments {
     #[command(flatten)]
     control: ControlSettings,
     #[command(flatten)]
+    internal: InternalSettings,
+    #[command(flatten)]
     server: ServerSettings,
     #[command(flatten)]
     redis: RedisSettings,
@@ -31,19 +39,32 @@ pub(crate) struct ControlArguments {
 }
 
 pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
-    let ControlArguments { listen, control: settings, server: server_settings, redis, drain, log: _ } =
-        arguments;
+    let ControlArguments {
+        listen,
+        control: settings,
+        internal,
+        server: server_settings,
+        redis,
+        drain,
+        log: _,
+    } = arguments;
     let credentials = settings.credentials_file.clone().context("--credentials-file is missing")?;
     let edge_url = settings.edge_url.clone().context("--edge-url is missing")?;
     let hosts = settings.public_hosts.clone();
     anyhow::ensure!(!hosts.is_empty(), "--public-host is missing: the host name that credentials name");
     let public = Listener::bind("public", listen)?;
     let process = server_settings.prepare().await?;
+    let here = [Handle::current()];
+    let port = process.internal(&server_settings, &internal, ServerRole::Control, &here).await?;
     let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
     let replica = Owner {
         name: settings.control_name.clone(),
         incarnation: Incarnation::from_random(clock::random()),
-        address: String::new(),
+        address: port.as_ref().map(|port| port.address.clone()).unwrap_or_default(),
+    };
+    let owners: Arc<dyn Owners> = match &port {
+        Some(port) => Arc::new(RemoteOwners::new(Arc::new(port.calls.clone()))),
+        None => Arc::new(NoOwners),
     };
     let control = Control::start(ControlParts {
         credentials: server_settings.secrets.credentials(credentials, &process.lifecycle).await?,
@@ -55,7 +76,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
         rendezvous: process.rendezvous(&redis)?,
-        owners: Arc::new(NoOwners),
+        owners,
         activity: process.activity.clone(),
     });
     let api = Arc::clone(&control);

@@ -1,0 +1,283 @@
+use std::{fs, net::SocketAddr, path::Path, process::ExitStatus};
+
+use midspan_core::{
+    connection_string::{ConnectionString, Identity},
+    key::Key,
+};
+use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use secrecy::ExposeSecret as _;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use crate::{
+    DeviceLink, Leg, Metrics, Process, RedisServer, ServiceApi, Target, admin, binary, eventually, listening,
+    relay::Handshake, trusting, until,
+};
+
+/// A relay of many processes around a Redis: control replicas and edges, each with ports of its own.
+#[derive(Debug)]
+pub struct Fleet {
+    /// Where they meet.
+    pub redis: RedisServer,
+    /// The control replicas.
+    pub controls: Vec<Member>,
+    /// The edges.
+    pub edges: Vec<Member>,
+    folder: TempDir,
+    group_key: Key,
+    service: ConnectionString,
+}
+
+/// One process of a fleet.
+#[derive(Debug)]
+pub struct Member {
+    /// Its name, the same after a restart.
+    pub name: String,
+    /// Its public port.
+    pub target: Target,
+    process: Process,
+    admin: SocketAddr,
+    arguments: Vec<String>,
+}
+
+const HOST: &str = "localhost";
+
+impl Fleet {
+    /// Starts everything, and waits until each process knows of the others.
+    pub async fn start(controls: usize, edges: usize) -> Self {
+        Self::with(controls, edges, &[]).await
+    }
+
+    /// The same with flags more for every process.
+    pub async fn with(controls: usize, edges: usize, arguments: &[&str]) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        let redis = RedisServer::start(&[]);
+        let (group_key, service_key) = (key(1), key(2));
+        let credentials = json!({
+            "group_keys": [group_key.to_base64().expose_secret()],
+            "services": { "service": {
+                "keys": [service_key.to_base64().expose_secret()],
+                "allow": ["open", "list", "close"],
+                "every_device": true,
+            }},
+        });
+        fs::write(folder.path().join("credentials.json"), credentials.to_string()).unwrap();
+        fs::write(folder.path().join("ticket.key"), key(3).to_base64().expose_secret()).unwrap();
+        make_certificates(folder.path());
+        let service = ConnectionString {
+            host: HOST.to_owned(),
+            identity: Identity::Service("service".to_owned()),
+            key: service_key,
+        };
+        let mut fleet = Self { redis, controls: Vec::new(), edges: Vec::new(), folder, group_key, service };
+        for number in 0..edges {
+            let member = fleet.member("edge", number, arguments).await;
+            fleet.edges.push(member);
+        }
+        for number in 0..controls {
+            let member = fleet.member("control", number, arguments).await;
+            fleet.controls.push(member);
+        }
+        fleet
+    }
+
+    async fn member(&self, role: &str, number: usize, more: &[&str]) -> Member {
+        let file = |name: &str| self.folder.path().join(name).to_str().unwrap().to_owned();
+        let name = format!("{role}-{number}");
+        let activity = file(&format!("{name}.activity.jsonl"));
+        let (certificate, certificate_key) = (file(&format!("{role}.pem")), file(&format!("{role}.key")));
+        let (public, public_key, ca, tickets) =
+            (file("public.pem"), file("public.key"), file("ca.pem"), file("ticket.key"));
+        let redis = self.redis.url();
+        let mut arguments: Vec<String> = [
+            role,
+            "--admin-listen",
+            "127.0.0.1:0",
+            "--internal-listen",
+            "127.0.0.1:0",
+            "--internal-ca",
+            &ca,
+            "--internal-certificate",
+            &certificate,
+            "--internal-key",
+            &certificate_key,
+            "--tls-certificate",
+            &public,
+            "--tls-key",
+            &public_key,
+            "--ticket-key-file",
+            &tickets,
+            "--redis-url",
+            &redis,
+            "--activity-log",
+            &activity,
+            "--log-format",
+            "json",
+            "--log-level",
+            "debug",
+            "--drain-delay",
+            "0s",
+        ]
+        .map(str::to_owned)
+        .into();
+        match role {
+            "control" => {
+                let credentials = file("credentials.json");
+                let flags = [
+                    "--control-name",
+                    &name,
+                    "--credentials-file",
+                    &credentials,
+                    "--public-host",
+                    HOST,
+                    "--edge-url",
+                    "https://localhost",
+                ];
+                arguments.extend(flags.map(str::to_owned));
+            }
+            _ => arguments.extend(["--edge-name", &name].map(str::to_owned)),
+        }
+        arguments.extend(more.iter().map(|&flag| flag.to_owned()));
+        let tls = trusting(&self.folder.path().join("ca.pem"));
+        Member::start(name, arguments, "127.0.0.1:0", tls).await
+    }
+
+    /// A service that calls one of the control replicas.
+    pub fn service(&self, control: usize) -> ServiceApi {
+        ServiceApi::new(self.controls[control].target.clone(), &self.service)
+    }
+
+    /// The connection string of a device.
+    pub fn device_connection(&self, device: &str) -> ConnectionString {
+        let address = device.parse().unwrap();
+        let key = self.group_key.derive(&address);
+        ConnectionString { host: HOST.to_owned(), identity: Identity::Device(address), key }
+    }
+
+    /// A link of `device` with one of the control replicas.
+    pub async fn device(&self, device: &str, control: usize) -> DeviceLink {
+        DeviceLink::connect(&self.controls[control].target, &self.device_connection(device)).await
+    }
+
+    /// Lets a service ask one of the control replicas, and the device that holds `link` accept.
+    pub async fn handshake(&self, control: usize, device: &str, link: &mut DeviceLink) -> Handshake {
+        let body = json!({ "name": "test", "connect_timeout_seconds": 5 });
+        let service = self.service(control);
+        let (answer, invitation) = tokio::join!(service.open_with(device, body), async {
+            let invitation = link.next_request().await;
+            link.accept(invitation.request).await;
+            invitation
+        });
+        let grant = answer.grant();
+        assert_eq!(grant.stream, invitation.stream);
+        Handshake { grant, invitation }
+    }
+
+    /// Opens both legs of a stream, the service's at one edge, the device's at another: service, device.
+    pub async fn legs(&self, handshake: &Handshake, [service, device]: [usize; 2]) -> (Leg, Leg) {
+        let (grant, invitation) = (&handshake.grant, &handshake.invitation);
+        tokio::join!(
+            Leg::open(&self.edges[service].target, &grant.url, grant.ticket.expose_secret()),
+            Leg::open(&self.edges[device].target, &invitation.url, invitation.ticket.expose_secret())
+        )
+    }
+
+    /// The records of all activity logs.
+    pub fn activity(&self) -> Vec<Value> {
+        let members = self.controls.iter().chain(&self.edges);
+        let logs = members.map(|member| {
+            fs::read_to_string(self.folder.path().join(format!("{}.activity.jsonl", member.name)))
+                .unwrap_or_default()
+        });
+        logs.flat_map(|log| log.lines().map(|line| serde_json::from_str(line).unwrap()).collect::<Vec<_>>())
+            .collect()
+    }
+
+    /// The edge that owns a stream, by its number.
+    pub async fn owner(&self, stream: midspan_core::id::StreamId) -> usize {
+        let record = until("the record of the stream", || async {
+            let answer = self.service(0).get(&format!("/v1/streams/{stream}")).await;
+            (answer.status == 200).then(|| answer.json())
+        })
+        .await;
+        let name = record["owner"]["name"].as_str().unwrap();
+        self.edges.iter().position(|edge| edge.name == name).unwrap()
+    }
+}
+
+impl Member {
+    async fn start(
+        name: String,
+        arguments: Vec<String>,
+        listen: &str,
+        tls: std::sync::Arc<rustls::ClientConfig>,
+    ) -> Self {
+        let mut command = binary("midspand");
+        command.args(&arguments).args(["--listen", listen]);
+        let process = Process::spawn(command);
+        let (address, admin) = (listening(&process, "public").await, listening(&process, "admin").await);
+        let target = Target { address, authority: HOST.to_owned(), tls };
+        Self { name, target, process, admin, arguments }
+    }
+
+    /// Everything on standard error so far.
+    pub fn log(&self) -> String {
+        self.process.stderr()
+    }
+
+    /// What it measures now.
+    pub async fn metrics(&self) -> Metrics {
+        Metrics::parse(&admin(self.admin, "/metrics").await.expect(200).text())
+    }
+
+    /// Waits until a metric has a value.
+    pub async fn counts(&self, name: &str, labels: &[(&str, &str)], value: i64) {
+        let what = format!("{}: {name}{labels:?} = {value}", self.name);
+        eventually(&what, || async { self.metrics().await.count(name, labels) == value }).await;
+    }
+
+    /// Sends SIGTERM.
+    pub fn terminate(&self) {
+        self.process.terminate();
+    }
+
+    /// Sends SIGKILL, and waits until the process is gone.
+    pub fn kill(&mut self) {
+        self.process.kill();
+    }
+
+    /// Waits until it ends by itself.
+    pub async fn wait_exit(&mut self) -> ExitStatus {
+        self.process.wait_exit().await
+    }
+
+    /// Starts it again after its end, under the same name and on the same public port.
+    pub async fn restart(&mut self) {
+        let (name, arguments) = (self.name.clone(), self.arguments.clone());
+        let listen = self.target.address.to_string();
+        *self = Self::start(name, arguments, &listen, std::sync::Arc::clone(&self.target.tls)).await;
+    }
+}
+
+fn key(number: u8) -> Key {
+    Key::from_bytes(vec![number; 32]).unwrap()
+}
+
+/// One CA for the public port and for the processes among themselves.
+fn make_certificates(folder: &Path) {
+    let mut parameters = CertificateParams::default();
+    parameters.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
+    let key = KeyPair::generate().unwrap();
+    let certificate = parameters.self_signed(&key).unwrap();
+    fs::write(folder.join("ca.pem"), certificate.pem()).unwrap();
+    let issuer = Issuer::new(parameters, key);
+    for (file, name) in
+        [("public", HOST), ("control", "control.midspan.internal"), ("edge", "edge.midspan.internal")]
+    {
+        let key = KeyPair::generate().unwrap();
+        let parameters = CertificateParams::new([name.to_owned()]).unwrap();
+        let certificate = parameters.signed_by(&key, &issuer).unwrap();
+        fs::write(folder.join(format!("{file}.pem")), certificate.pem()).unwrap();
+        fs::write(folder.join(format!("{file}.key")), key.serialize_pem()).unwrap();
+    }
+}
