@@ -7,6 +7,13 @@ use midspan_platform::rendezvous::{
     CreateError, Lease, LinkRecord, Rendezvous, ServerRole, StoreFailure, StreamLimits, Timing,
 };
 use testkit::{RedisCluster, RedisSentinels, RedisServer, eventually, until};
+use tokio::{
+    io::{AsyncReadExt as _, AsyncWriteExt as _},
+    net::{TcpListener, TcpStream},
+    sync::mpsc,
+    task::JoinSet,
+    time::Instant,
+};
 
 use super::{
     NOW, WIDE, address, id, lease, owner,
@@ -133,6 +140,49 @@ async fn a_server_that_stands_still_is_not_waited_for() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_slow_server_is_good_enough() {
+    let server = RedisServer::start(&[]);
+    let (port, _proxy) = delayed(server.port(), Duration::from_millis(200)).await;
+    let words = arguments(&format!("--redis-url redis://127.0.0.1:{port}"));
+    let words: Vec<_> =
+        words.into_iter().map(|word| if word == "5s" { "1s".to_owned() } else { word }).collect();
+    let holder = Holder::start(&words).await;
+    let store = &holder.view.store;
+    super::a_life(&**store, 2).await;
+    assert_eq!(store.streams(None, 10).await.unwrap().len(), 1);
+    assert_eq!(store.links(None, 10).await.unwrap().len(), 1);
+    assert_eq!(store.expire().await.unwrap(), []);
+    assert_eq!(store.leases(ServerRole::Edge).await.unwrap().alive.len(), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_shard_that_fails_over_is_noticed() {
+    let cluster = RedisCluster::start();
+    let holder = Holder::start(&arguments(&format!("--redis-cluster --redis-url {}", cluster.urls()))).await;
+    // What every failover does, and nothing else.
+    assert!(cluster.servers[1].command(&["CLUSTER", "BUMPEPOCH"]).starts_with("BUMPED"));
+    holder.recover().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn records_of_a_newer_release_are_read_as_far_as_they_can_be() {
+    let server = RedisServer::start(&[]);
+    let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
+    let store = &holder.view.store;
+    let key = server.command(&["KEYS", "*:stream:*"]);
+    let record = server.command(&["HGET", &key, "record"]);
+    let newer = record.replacen('{', r#"{"colour":"green","#, 1).replace(r#""version":1"#, r#""version":2"#);
+    server.command(&["HSET", &key, "record", &newer]);
+    assert_eq!(store.stream(id(1)).await.unwrap().map(|record| record.version), Some(2));
+    server.command(&["HSET", &key, "state", r#"{"state":"dreaming"}"#]);
+    store.create_stream(stream(2, "dev1"), WIDE).await.unwrap();
+    let listed = store.streams(None, 10).await.unwrap();
+    assert_eq!(listed.iter().map(|record| record.stream).collect::<Vec<_>>(), [id(2)]);
+    let metrics = testkit::Metrics::parse(&holder.view.metrics.render());
+    assert_eq!(metrics.count("midspan_store_unreadable_records_total", &[]), 1);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_failover_by_sentinel_is_followed_and_noticed() {
     let servers = RedisSentinels::start();
     let words = format!("--redis-sentinel-master midspan --redis-url {}", servers.urls());
@@ -244,4 +294,42 @@ async fn limits_hold_over_a_store_that_came_back_empty() {
         assert!(matches!(refused, Err(CreateError::Limit(_))), "{limits:?}: {refused:?}");
     }
     other.store.create_stream(stream(3, "dev1"), WIDE).await.unwrap();
+}
+
+/// A port that leads to another one, and gives its answers back after `delay`, for as long as the set is kept.
+async fn delayed(port: u16, delay: Duration) -> (u16, JoinSet<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let mut proxy = JoinSet::new();
+    proxy.spawn(async move {
+        let mut connections = JoinSet::new();
+        while let Ok((near, _)) = listener.accept().await {
+            connections.spawn(async move {
+                let far = TcpStream::connect(("127.0.0.1", port)).await?;
+                let ((mut near_read, mut near_write), (mut far_read, mut far_write)) =
+                    (near.into_split(), far.into_split());
+                let (sender, mut late) = mpsc::channel(1000);
+                let answers = async move {
+                    loop {
+                        let mut bytes = vec![0; 65536];
+                        let length = far_read.read(&mut bytes).await?;
+                        bytes.truncate(length);
+                        if length == 0 || sender.send((Instant::now() + delay, bytes)).await.is_err() {
+                            return Ok(());
+                        }
+                    }
+                };
+                let give_back = async move {
+                    while let Some((at, bytes)) = late.recv().await {
+                        tokio::time::sleep_until(at).await;
+                        near_write.write_all(&bytes).await?;
+                    }
+                    Ok(())
+                };
+                tokio::try_join!(tokio::io::copy(&mut near_read, &mut far_write), answers, give_back)
+                    .map(drop)
+            });
+        }
+    });
+    (address.port(), proxy)
 }

@@ -40,8 +40,8 @@ pub(super) struct Redis {
     status: watch::Sender<Status>,
     /// The last connection that was found to lead nowhere.
     broken: watch::Sender<u64>,
-    /// Calls in a row that took too long.
-    late: AtomicU32,
+    /// Calls in a row that took too long, or in a Cluster that reached no server.
+    in_a_row: AtomicU32,
 }
 
 #[derive(Debug, Clone)]
@@ -75,8 +75,8 @@ enum Connection {
     Cluster(ClusterConnection),
 }
 
-/// So many calls in a row that take too long show that the connection leads nowhere.
-const LATE_MAX: u32 = 3;
+/// So many of them show that the connection leads nowhere.
+const IN_A_ROW_MAX: u32 = 3;
 
 /// The first pause between two tries to connect; each is twice as long as the one before.
 const PAUSE_FIRST: Duration = Duration::from_millis(50);
@@ -104,7 +104,7 @@ impl Redis {
             metrics,
             status: watch::channel(Status::Connecting).0,
             broken: watch::channel(0).0,
-            late: AtomicU32::new(0),
+            in_a_row: AtomicU32::new(0),
         });
         lifecycle.spawn_recorder(Span::current(), Arc::clone(&redis).keep_connected(lifecycle.clone()));
         redis
@@ -163,17 +163,19 @@ impl Redis {
         let result = called.await.unwrap_or_else(|_| Err(Failed::from(too_late(limit))));
         self.metrics.took(operation, clock::now().saturating_duration_since(started));
         match &result {
-            Ok(_) => self.late.store(0, Ordering::Relaxed),
+            Ok(_) => self.in_a_row.store(0, Ordering::Relaxed),
             Err(Failed { no_script: true, .. }) => {}
             Err(Failed { error, .. }) => {
                 self.metrics.failed(error.failure);
+                let in_a_row = || self.in_a_row.fetch_add(1, Ordering::Relaxed) + 1 >= IN_A_ROW_MAX;
                 let leads_nowhere = match error.failure {
-                    StoreFailure::TimedOut => self.late.fetch_add(1, Ordering::Relaxed) + 1 >= LATE_MAX,
+                    StoreFailure::TimedOut => in_a_row(),
+                    // A Cluster's connection finds the servers that are left by itself.
+                    StoreFailure::Unreachable if self.is_cluster() => in_a_row(),
                     StoreFailure::Unreachable | StoreFailure::ReadOnly | StoreFailure::Refused => true,
                     StoreFailure::Full | StoreFailure::Other => false,
                 };
-                // A Cluster's connection finds the servers that are left by itself.
-                if leads_nowhere && (!self.is_cluster() || error.failure != StoreFailure::Unreachable) {
+                if leads_nowhere {
                     self.broken
                         .send_if_modified(|broken| std::mem::replace(broken, (*broken).max(serial)) < serial);
                 }
@@ -209,7 +211,7 @@ impl Redis {
             match dialled {
                 Ok(Dialled { connection, server, address }) => {
                     info!(store = %self.target, "connected to the rendezvous store");
-                    self.late.store(0, Ordering::Relaxed);
+                    self.in_a_row.store(0, Ordering::Relaxed);
                     self.status.send_replace(Status::Connected(Connected { serial, connection, server }));
                     let since = clock::now();
                     tokio::select! {
