@@ -1,18 +1,21 @@
 //! Real servers as stores, one of each kind for all tests of this process, each store with a prefix of its own.
 
-use std::sync::{
-    Arc, OnceLock,
-    atomic::{AtomicU32, Ordering},
+use std::{
+    process::Command,
+    sync::{
+        Arc, OnceLock,
+        atomic::{AtomicU32, Ordering},
+    },
 };
 
 use clap::Parser;
 use midspan_platform::{
     lifecycle::Lifecycle,
     metrics::Metrics,
-    rendezvous::{RedisRendezvous, RedisSettings, Rendezvous, StoreMetrics, Timing},
+    rendezvous::{RedisRendezvous, RedisSettings, Rendezvous, ServerRole, StoreMetrics, Timing},
 };
 use tempfile::TempDir;
-use testkit::{RedisCluster, RedisSentinels, RedisServer};
+use testkit::{Process, RedisCluster, RedisSentinels, RedisServer, binary, until};
 
 use super::Stores;
 
@@ -168,21 +171,70 @@ const COMMANDS: &str = "+@read +@write +@scripting +@connection +info +time -@da
 
 #[tokio::test]
 async fn a_stream_costs_at_most_six_round_trips() {
-    static SERVER: OnceLock<RedisServer> = OnceLock::new();
-    let server = SERVER.get_or_init(|| RedisServer::start(&[]));
-    let arguments = arguments(&format!("--redis-url {}", server.url()));
-    let view = View::open(&arguments, Timing::default());
-    super::a_life(&*view.store, 1).await;
-    let trips = |names: &[&str]| view.trips(names);
-    // The first life also makes the scripts and the service known.
+    let server = RedisServer::start(&[]);
+    let view = View::open(&arguments(&format!("--redis-url {}", server.url())), Timing::default());
+    // The first life also makes the scripts known. The slots of the service are settled in the background.
     let path = ["reserve", "create_stream", "advance_stream", "release"];
-    let (before, slots) = (trips(&path), trips(&["settle_slots", "correct_slots", "count_services"]));
+    super::a_life(&*view.store, 1).await;
+    let before = view.trips(&path);
     for n in 2..12 {
         super::a_life(&*view.store, n).await;
     }
-    assert_eq!(trips(&path) - before, 50, "two to begin, one when joined, two at the end");
-    println!(
-        "{} round trips for slots in ten lives",
-        trips(&["settle_slots", "correct_slots", "count_services"]) - slots
-    );
+    assert_eq!(view.trips(&path) - before, 50, "two to begin, one when joined, two at the end");
+}
+
+#[test]
+fn a_password_in_a_url_is_refused_and_not_repeated() {
+    let folder = tempfile::tempdir().unwrap();
+    let mut command = midspand("edge", &folder);
+    let output = command.args(["--redis-url", "redis://:hunter2@127.0.0.1"]).output().unwrap();
+    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    assert!(!output.status.success());
+    assert!(said.contains("--redis-password-file") && !said.contains("hunter2"), "{said}");
+}
+
+#[tokio::test]
+async fn the_roles_meet_in_the_store_and_leave_it_in_good_order() {
+    let server = RedisServer::start(&[]);
+    let arguments = arguments(&format!("--redis-url {}", server.url()));
+    let view = View::open(&arguments, Timing::default());
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("credentials.json"), "{}").unwrap();
+    let credentials = folder.path().join("credentials.json");
+    let mut edge = midspand("edge", &folder);
+    edge.args(["--edge-name", "edge-7", "--drain-delay", "0s"]);
+    let mut control = midspand("control", &folder);
+    control.args([
+        "--control-name",
+        "control-7",
+        "--public-host",
+        "h",
+        "--edge-url",
+        "https://h",
+        "--drain-delay",
+        "0s",
+    ]);
+    control.arg("--credentials-file").arg(credentials);
+    let processes = [(ServerRole::Edge, edge), (ServerRole::Control, control)].map(|(role, mut command)| {
+        command.args(&arguments);
+        (role, Process::spawn(command))
+    });
+    for (role, mut process) in processes {
+        let lease =
+            until("its lease is there", async || view.store.leases(role).await.unwrap().alive.pop()).await;
+        assert!(lease.accepts && lease.owner.name.ends_with("-7"), "{lease:?}");
+        process.terminate();
+        assert!(process.wait_exit().await.success(), "{}", process.stderr());
+        assert_eq!(view.store.leases(role).await.unwrap().alive, [], "taken back, not run out");
+    }
+}
+
+/// A role with what it needs, on ports that are free.
+fn midspand(role: &str, folder: &TempDir) -> Command {
+    let key = folder.path().join("ticket.key");
+    std::fs::write(&key, "MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE=\n").unwrap();
+    let mut command = binary("midspand");
+    command.args([role, "--listen", "127.0.0.1:0", "--admin-listen", "127.0.0.1:0", "--insecure-plaintext"]);
+    command.arg("--ticket-key-file").arg(key);
+    command
 }
