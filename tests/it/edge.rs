@@ -102,7 +102,7 @@ impl Relay {
             async move { edge.handle(&request).await }
         });
         let relay = Self { lifecycle, rendezvous, keys, answers, owner };
-        let limits = StreamLimits { per_device: 1, per_service: 1 };
+        let limits = StreamLimits { per_device: 1, per_service: 1, per_relay: 1 };
         relay.rendezvous.create_stream(relay.record(), limits).await.unwrap();
         relay
     }

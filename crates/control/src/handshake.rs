@@ -169,6 +169,7 @@ impl Attempt {
         let limits = StreamLimits {
             per_device: control.settings.limit_streams_per_device,
             per_service: control.settings.limit_streams_per_service,
+            per_relay: control.settings.limit_streams_per_relay,
         };
         match timeout(STORE_LIMIT, control.rendezvous.create_stream(record, limits)).await {
             Ok(Ok(_)) => {}

@@ -37,6 +37,9 @@ pub struct ControlSettings {
     /// Streams of one service credential at a time, half-open ones included
     #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_SERVICE", default_value_t = 10_000, value_name = "N")]
     pub limit_streams_per_service: u64,
+    /// Streams of the whole relay at a time, half-open ones included
+    #[arg(long, env = "MIDSPAN_LIMIT_STREAMS_PER_RELAY", default_value_t = 100_000, value_name = "N")]
+    pub limit_streams_per_relay: u64,
     /// Requests for streams per second and service credential
     #[arg(long, env = "MIDSPAN_LIMIT_INITIATIONS_PER_SECOND", default_value_t = 100, value_name = "N")]
     pub limit_initiations_per_second: u32,

@@ -15,6 +15,8 @@ pub enum LimitName {
     StreamsPerDevice,
     /// Streams of one service credential at a time, half-open ones included.
     StreamsPerService,
+    /// Streams of all services at a time, half-open ones included.
+    StreamsPerRelay,
     /// Requests for streams by one service credential.
     InitiationsPerSecond,
     /// Requests that wait for a device in one control-plane process.
@@ -29,6 +31,7 @@ impl LimitName {
         match self {
             Self::StreamsPerDevice => "streams_per_device",
             Self::StreamsPerService => "streams_per_service",
+            Self::StreamsPerRelay => "streams_per_relay",
             Self::InitiationsPerSecond => "initiations_per_second",
             Self::WaitingInitiations => "waiting_initiations",
             Self::DeviceLinks => "device_links",

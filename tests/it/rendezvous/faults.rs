@@ -246,7 +246,7 @@ async fn a_wrong_password_is_told_and_tried_again() {
 async fn a_place_that_nobody_freed_is_free_when_it_is_needed() {
     let server = RedisServer::start(&[]);
     let view = View::open(&impatient(&server.url()), Timing::default());
-    let limits = StreamLimits { per_device: 1, per_service: 1 };
+    let limits = StreamLimits { per_device: 1, per_service: 1, per_relay: 1 };
     view.store.create_stream(stream(1, "dev1"), limits).await.unwrap();
     // The process that recorded the end died before it freed the place of the device and the slot of the service.
     let record = server.command(&["KEYS", "*:stream:*"]);
@@ -267,10 +267,16 @@ async fn slots_of_a_service_come_back_from_a_process_that_is_gone() {
     let arguments = arguments(&format!("--redis-url {}", server.url()));
     let timing = Timing { lease: Duration::from_millis(500), ..Timing::default() };
     // A process takes 10 slots at a time, and this one uses one of them.
-    let limits = StreamLimits { per_device: 1000, per_service: 640 };
-    let gone = View::open(&arguments, timing);
-    gone.store.create_stream(stream(1, "dev1"), limits).await.unwrap();
-    drop(gone);
+    let limits = StreamLimits { per_service: 640, ..WIDE };
+    let words = arguments.clone();
+    // With its runtime, all of it ends at once, and nothing more is told.
+    let killed = std::thread::spawn(move || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let create =
+            async { View::open(&words, timing).store.create_stream(stream(1, "dev1"), limits).await.is_ok() };
+        runtime.block_on(create)
+    });
+    assert!(killed.join().unwrap());
     let left = View::open(&arguments, timing);
     for n in 2..=640 {
         until("there is a slot", async || left.store.create_stream(stream(n, "dev1"), limits).await.ok())
@@ -289,7 +295,7 @@ async fn limits_hold_over_a_store_that_came_back_empty() {
     server.command(&["FLUSHALL"]);
     holder.store.restore_streams(&[stream(1, "dev1")]).await.unwrap();
     for (view, per_device, per_service) in [(&other, 1, 1000), (&third, 1000, 1)] {
-        let limits = StreamLimits { per_device, per_service };
+        let limits = StreamLimits { per_device, per_service, ..WIDE };
         let refused = view.store.create_stream(stream(2, "dev1"), limits).await;
         assert!(matches!(refused, Err(CreateError::Limit(_))), "{limits:?}: {refused:?}");
     }

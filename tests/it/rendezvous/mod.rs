@@ -20,7 +20,7 @@ use midspan_platform::rendezvous::{
 use testkit::{eventually, until, within};
 
 const NOW: UnixTime = UnixTime(1_800_000_000);
-const WIDE: StreamLimits = StreamLimits { per_device: 1000, per_service: 1000 };
+const WIDE: StreamLimits = StreamLimits { per_device: 1000, per_service: 1000, per_relay: 1000 };
 
 /// Times short enough to wait for.
 const SHORT: Timing = Timing {
@@ -58,7 +58,7 @@ async fn the_first_end_stands_and_is_told_once(stores: &impl Stores) {
 
 async fn limits_are_exact_and_free_up(stores: &impl Stores) {
     let [store] = stores.open(Timing::default()).await;
-    let limits = StreamLimits { per_device: 2, per_service: 3 };
+    let limits = StreamLimits { per_device: 2, per_service: 3, per_relay: 1000 };
     let limit_of = async |n, device: &str| match store.create_stream(stream(n, device), limits).await {
         Ok(_) => None,
         Err(CreateError::Limit(limit)) => Some((limit.name, limit.value, limit.scope)),
@@ -77,6 +77,20 @@ async fn limits_are_exact_and_free_up(stores: &impl Stores) {
     }
     assert_eq!(limit_of(6, "dev1").await, None);
     assert!(limit_of(7, "dev1").await.is_some(), "an end that was told twice must free one place only");
+}
+
+async fn all_services_share_the_limit_of_the_relay(stores: &impl Stores) {
+    let [store] = stores.open(Timing::default()).await;
+    let limits = StreamLimits { per_relay: 2, ..WIDE };
+    let of = |n, service: &str| StreamRecord { credential: service.to_owned(), ..stream(n, "dev1") };
+    store.create_stream(of(1, "support"), limits).await.unwrap();
+    store.create_stream(of(2, "operator"), limits).await.unwrap();
+    let Err(CreateError::Limit(limit)) = store.create_stream(of(3, "guest"), limits).await else {
+        panic!("one too many")
+    };
+    assert_eq!((limit.name, limit.value), (LimitName::StreamsPerRelay, 2));
+    store.advance_stream(id(1), ended(CloseReason::Idle)).await.unwrap();
+    store.create_stream(of(4, "guest"), limits).await.unwrap();
 }
 
 async fn lists_are_ordered_paged_and_without_the_dead(stores: &impl Stores) {
@@ -212,7 +226,7 @@ async fn streams_are_announced_again(stores: &impl Stores) {
     assert_eq!(store.stream(id(2)).await.unwrap().unwrap().state, ended(CloseReason::Idle), "known better");
     assert_eq!(store.stream(id(3)).await.unwrap(), Some(joined(3)), "forgotten");
     assert_eq!(store.streams(None, 10).await.unwrap().len(), 2);
-    let limits = StreamLimits { per_device: 3, per_service: 1000 };
+    let limits = StreamLimits { per_device: 3, ..WIDE };
     store.create_stream(stream(4, "dev1"), limits).await.unwrap();
     let refused = store.create_stream(stream(5, "dev1"), limits).await;
     assert!(matches!(refused, Err(CreateError::Limit(_))), "what was announced again counts once");
@@ -323,7 +337,7 @@ async fn links_of_a_lost_replica_go(stores: &impl Stores) {
 
 async fn a_thousand_at_once_keep_the_limit(stores: &impl Stores) {
     let [store, other] = stores.open(Timing::default()).await;
-    let limits = StreamLimits { per_device: 100, per_service: 1000 };
+    let limits = StreamLimits { per_device: 100, ..WIDE };
     let mut tasks = tokio::task::JoinSet::new();
     for n in 0..1000 {
         let store = Arc::clone(if n % 2 == 0 { &store } else { &other });
@@ -435,6 +449,7 @@ suites! {
         streams_move_forward_only,
         the_first_end_stands_and_is_told_once,
         limits_are_exact_and_free_up,
+        all_services_share_the_limit_of_the_relay,
         lists_are_ordered_paged_and_without_the_dead,
         handshakes_that_nobody_ends_expire,
         leases_are_there_while_they_are_renewed,

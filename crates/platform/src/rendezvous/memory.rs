@@ -74,6 +74,9 @@ impl Rendezvous for MemoryRendezvous {
         {
             return Err(CreateError::service_limit(&record, limits));
         }
+        if records.count_by_service.values().sum::<u64>() >= limits.per_relay {
+            return Err(CreateError::relay_limit(limits));
+        }
         let link = records.links.get(&record.address).cloned();
         records.insert(record, due);
         Ok(link)

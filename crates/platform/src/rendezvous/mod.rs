@@ -56,7 +56,7 @@ pub enum StoreFailure {
 /// Why a stream was not recorded.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]
 pub enum CreateError {
-    /// The device or the service has as many streams as it may have.
+    /// The device, the service or the relay has as many streams as it may have.
     #[error("{0}")]
     Limit(LimitReached),
     /// The store does not answer.
@@ -100,6 +100,10 @@ impl CreateError {
         Self::limit(LimitName::StreamsPerService, limits.per_service, scope)
     }
 
+    fn relay_limit(limits: StreamLimits) -> Self {
+        Self::limit(LimitName::StreamsPerRelay, limits.per_relay, "this relay".to_owned())
+    }
+
     fn limit(name: LimitName, value: u64, scope: String) -> Self {
         // Streams end when they end: there is no better guess than soon.
         Self::Limit(LimitReached { name, value, scope, retry_after_seconds: 1 })
@@ -113,6 +117,8 @@ pub struct StreamLimits {
     pub per_device: u64,
     /// Of one service credential.
     pub per_service: u64,
+    /// Of all of them.
+    pub per_relay: u64,
 }
 
 /// What a process of the relay does.

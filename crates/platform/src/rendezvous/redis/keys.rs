@@ -36,6 +36,11 @@ impl Keys {
         self.tagged(&format!("c:{credential}"))
     }
 
+    /// How many streams all services may still open.
+    pub(super) fn relay(&self) -> String {
+        self.tagged("r")
+    }
+
     pub(super) fn streams(&self, bucket: usize) -> String {
         self.tagged(&format!("s:{bucket:02x}"))
     }

@@ -43,7 +43,7 @@ use self::{
     connection::Redis,
     keys::{BUCKETS, Keys, link_bucket, stream_bucket},
     scripts::Script,
-    slots::Slots,
+    slots::{Scope, Slots},
     untold::Untold,
 };
 use super::{
@@ -402,8 +402,18 @@ impl Rendezvous for RedisRendezvous {
             milliseconds(self.timing.given_up_after(&record)),
             milliseconds(ABANDONED),
         ];
-        if !self.slots.take(&record.credential, limits.per_service).await? {
-            return Err(CreateError::service_limit(&record, limits));
+        if !self.slots.take(Scope::Relay, limits.per_relay).await? {
+            return Err(CreateError::relay_limit(limits));
+        }
+        let service = Scope::Service(record.credential.clone());
+        match self.slots.take(service.clone(), limits.per_service).await {
+            Ok(true) => {}
+            refused => {
+                self.slots.give_back(Scope::Relay);
+                return Err(
+                    refused.map_or_else(CreateError::from, |_| CreateError::service_limit(&record, limits))
+                );
+            }
         }
         let created = async {
             let Some(link) = self.reserve(&record, limits.per_device).await? else {
@@ -415,7 +425,8 @@ impl Rendezvous for RedisRendezvous {
         };
         let created = created.await;
         if created.is_err() {
-            self.slots.give_back(&record.credential);
+            self.slots.give_back(Scope::Relay);
+            self.slots.give_back(service);
         }
         created
     }

@@ -1,12 +1,13 @@
-//! How many streams a service may still open, without a shared key in the path of an initiation.
+//! How many streams a service, and all of them, may still open, without a shared key in the path of an initiation.
 //!
-//! A process takes slots of a service in blocks, ahead of need, and gives each new stream one of them. Whoever records the end
+//! A process takes slots of a limit in blocks, ahead of need, and gives each new stream one of them. Whoever records the end
 //! of a stream gives its slot back. What was taken and given back is told to the store some times a second.
 //!
-//! The limit is never exceeded by what is told: slots in blocks count as taken. So a service may be refused early, by at most
-//! one block (a 64th of its limit, at most 64) for each other process that has opened streams for it within the last second.
-//! What a process has not told when it is killed, or when the store fails, is missing from the count, at most one block again,
-//! until the streams themselves are counted: each minute, and whenever a service is about to be refused.
+//! A limit is never exceeded by what is told: slots in blocks count as taken. So a service may be refused early, by at most
+//! one block (a 64th of the limit, at most 64) for each other process that has opened streams under it within the last second.
+//! What a process has not told when it is killed, or when the store fails, is missing from the number of streams, or too
+//! much in it: at most a block again, until the streams themselves are counted. That happens each minute, when the number is
+//! only raised, and before somebody is refused, when it is put right: but for streams that are being recorded at that moment.
 
 use std::{
     collections::HashMap,
@@ -25,7 +26,16 @@ use super::{
 };
 use crate::{clock, lifecycle::Lifecycle, rendezvous::StoreError};
 
-/// The slots of all services that this process has to do with.
+/// Whose streams a limit counts.
+#[derive(Debug, Clone, PartialEq, Eq, Hash)]
+pub(super) enum Scope {
+    /// All.
+    Relay,
+    /// Those that a service credential has opened.
+    Service(String),
+}
+
+/// The slots of all limits that this process has to do with.
 #[derive(Debug)]
 pub(super) struct Slots {
     redis: Arc<Redis>,
@@ -33,16 +43,25 @@ pub(super) struct Slots {
     /// Whose the blocks are. They go back to all when it has not told of itself for `keep`.
     holder: String,
     keep: Duration,
-    pools: Mutex<HashMap<String, Arc<Pool>>>,
+    pools: Mutex<HashMap<Scope, Arc<Pool>>>,
     few_left: Notify,
 }
 
 #[derive(Debug)]
 struct Pool {
-    credential: String,
+    scope: Scope,
     state: Mutex<State>,
     /// One asks for more slots; the others wait and share what it gets.
     turn: tokio::sync::Mutex<()>,
+}
+
+/// What a count may do to the number that the store has in mind.
+#[derive(Debug, Clone, Copy)]
+enum Correction {
+    /// Take its place.
+    Exact,
+    /// Only be higher, as it misses streams that are being recorded.
+    Raise,
 }
 
 #[derive(Debug, Default)]
@@ -84,9 +103,9 @@ impl Slots {
         slots
     }
 
-    /// Takes a slot for a stream of a service. False when the service has as many streams as it may have.
-    pub(super) async fn take(&self, credential: &str, limit: u64) -> Result<bool, StoreError> {
-        let pool = self.pool(credential);
+    /// Takes a slot for a stream. False when there are as many streams as there may be.
+    pub(super) async fn take(&self, scope: Scope, limit: u64) -> Result<bool, StoreError> {
+        let pool = self.pool(scope);
         if self.take_held(&pool, limit) {
             return Ok(true);
         }
@@ -108,8 +127,8 @@ impl Slots {
     }
 
     /// A slot was not needed after all.
-    pub(super) fn give_back(&self, credential: &str) {
-        let pool = self.pool(credential);
+    pub(super) fn give_back(&self, scope: Scope) {
+        let pool = self.pool(scope);
         let mut state = pool.state();
         state.unused += 1;
         state.change -= 1;
@@ -118,24 +137,31 @@ impl Slots {
 
     /// A stream has ended, and this process was the first to record it.
     pub(super) fn ended(&self, credential: &str) {
-        let pool = self.pool(credential);
-        let mut state = pool.state();
-        state.change -= 1;
-        state.refused = None;
+        for scope in [Scope::Relay, Scope::Service(credential.to_owned())] {
+            let pool = self.pool(scope);
+            let mut state = pool.state();
+            state.change -= 1;
+            state.refused = None;
+        }
     }
 
-    fn pool(&self, credential: &str) -> Arc<Pool> {
+    fn pool(&self, scope: Scope) -> Arc<Pool> {
         let mut pools = self.pools();
-        if let Some(pool) = pools.get(credential) {
-            return Arc::clone(pool);
-        }
-        let pool = Arc::new(Pool {
-            credential: credential.to_owned(),
-            state: Mutex::default(),
-            turn: tokio::sync::Mutex::default(),
+        let pool = pools.entry(scope).or_insert_with_key(|scope| {
+            Arc::new(Pool {
+                scope: scope.clone(),
+                state: Mutex::default(),
+                turn: tokio::sync::Mutex::default(),
+            })
         });
-        pools.insert(credential.to_owned(), Arc::clone(&pool));
-        pool
+        Arc::clone(pool)
+    }
+
+    fn base(&self, scope: &Scope) -> String {
+        match scope {
+            Scope::Relay => self.keys.relay(),
+            Scope::Service(credential) => self.keys.service(credential),
+        }
     }
 
     fn take_held(&self, pool: &Pool, limit: u64) -> bool {
@@ -161,7 +187,7 @@ impl Slots {
             state.unused > 0 || is_younger(state.counted, COUNT_AT_MOST)
         };
         if !counted {
-            self.count(pool).await?;
+            self.count(pool, Correction::Exact).await?;
             self.settle(pool, block(limit)).await?;
         }
         Ok(())
@@ -171,7 +197,7 @@ impl Slots {
     async fn settle(&self, pool: &Pool, want: u64) -> Result<(), StoreError> {
         let mut granted = self.try_settle(pool, want).await?;
         if granted < 0 {
-            self.count(pool).await?;
+            self.count(pool, Correction::Exact).await?;
             granted = self.try_settle(pool, want).await?;
         }
         pool.state().unused += u64::try_from(granted).unwrap_or_default();
@@ -193,7 +219,7 @@ impl Slots {
             want.to_string(),
             self.keep.as_millis().to_string(),
         ];
-        let base = self.keys.service(&pool.credential);
+        let base = self.base(&pool.scope);
         let granted: i64 = self.redis.run(Script::SettleSlots, &base, &arguments).await?;
         if granted >= 0 {
             pool.state().change -= change;
@@ -201,18 +227,22 @@ impl Slots {
         Ok(granted)
     }
 
-    /// Counts the streams of a service in all buckets, and corrects what the store has in mind.
-    async fn count(&self, pool: &Pool) -> Result<(), StoreError> {
+    /// Counts the streams in all buckets, and corrects what the store has in mind.
+    async fn count(&self, pool: &Pool, correction: Correction) -> Result<(), StoreError> {
         let counts = (0..BUCKETS).map(async |bucket| {
             let base = self.keys.streams(bucket);
             let counts: HashMap<String, u64> = self.redis.run(Script::CountServices, &base, &[]).await?;
-            Ok::<_, StoreError>(counts.get(&pool.credential).copied().unwrap_or_default())
+            Ok::<_, StoreError>(match &pool.scope {
+                Scope::Relay => counts.values().sum(),
+                Scope::Service(credential) => counts.get(credential).copied().unwrap_or_default(),
+            })
         });
         let counted: u64 = try_join_all(counts).await?.into_iter().sum();
-        // What is still to be told is in the count already.
-        let live = counted.saturating_add_signed(-pool.state().change);
-        let base = self.keys.service(&pool.credential);
-        self.redis.run::<()>(Script::CorrectSlots, &base, &[live.to_string()]).await?;
+        // Ends that are still to be told are not in the count any more; beginnings may be, and are then told twice: of the two
+        // errors, the one that refuses early.
+        let ends = u64::try_from(-pool.state().change).unwrap_or_default();
+        let arguments = [(counted + ends).to_string(), correction.label().to_owned()];
+        self.redis.run::<()>(Script::CorrectSlots, &self.base(&pool.scope), &arguments).await?;
         pool.state().counted = Some(clock::now());
         Ok(())
     }
@@ -246,7 +276,7 @@ impl Slots {
             let _turn = pool.turn.lock().await;
             let is_due = want > 0 && !is_younger(pool.state().counted, COUNT_AT_LEAST);
             if is_due {
-                self.count(pool).await?;
+                self.count(pool, Correction::Raise).await?;
             }
             self.settle(pool, want).await
         };
@@ -257,8 +287,17 @@ impl Slots {
         }
     }
 
-    fn pools(&self) -> MutexGuard<'_, HashMap<String, Arc<Pool>>> {
+    fn pools(&self) -> MutexGuard<'_, HashMap<Scope, Arc<Pool>>> {
         self.pools.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Correction {
+    fn label(self) -> &'static str {
+        match self {
+            Self::Exact => "exact",
+            Self::Raise => "raise",
+        }
     }
 }
 
