@@ -192,6 +192,30 @@ async fn a_failover_by_sentinel_is_followed_and_noticed() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_that_dies_is_replaced() {
+    let mut servers = RedisSentinels::start();
+    let words = format!("--redis-sentinel-master midspan --redis-url {}", servers.urls());
+    let holder = Holder::start(&arguments(&words)).await;
+    servers.servers[0].kill();
+    holder.recover().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_master_that_slept_through_its_replacement_is_not_believed() {
+    let servers = RedisSentinels::start();
+    let words = format!("--redis-sentinel-master midspan --redis-url {}", servers.urls());
+    let words = arguments(&words).into_iter().map(|word| if word == "5s" { "1s".to_owned() } else { word });
+    let holder = Holder::start(&words.collect::<Vec<_>>()).await;
+    servers.servers[0].pause();
+    holder.recover().await;
+    servers.servers[0].resume();
+    holder.view.store.create_stream(stream(2, "dev2"), WIDE).await.unwrap();
+    let key = format!("*:stream:{}", id(2));
+    assert_ne!(servers.servers[1].command(&["KEYS", &key]), "");
+    assert_eq!(servers.servers[0].command(&["KEYS", &key]), "");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_server_that_takes_no_writes_is_told_apart() {
     let server = RedisServer::start(&[]);
     let holder = Holder::start(&arguments(&format!("--redis-url {}", server.url()))).await;
