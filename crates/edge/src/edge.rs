@@ -2,10 +2,12 @@ use std::{future::poll_fn, pin::pin, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
 use midspan_core::{
+    api::HANDSHAKE_MAX,
     close::{CloseReason, Level},
     id::{DeviceAddress, Role, StreamId},
-    record::{StreamEnd, StreamRecord, StreamState},
+    record::{self, StreamEnd, StreamRecord, StreamState},
     ticket::Owner,
+    time::UnixTime,
 };
 use midspan_platform::{
     activity::{ActivityLog, Subject},
@@ -91,10 +93,13 @@ const END_LIMIT: Duration = Duration::from_secs(8);
 const STORE_LIMIT: Duration = Duration::from_secs(5);
 
 /// How long an end is remembered of a stream that no leg had come for: the longest life of its tickets.
-const UNSEEN: Duration = midspan_core::api::HANDSHAKE_MAX.saturating_add(LEEWAY);
+const UNSEEN: Duration = HANDSHAKE_MAX.saturating_add(LEEWAY);
 
 /// How often, after the grace period, streams are looked for that began in the meantime.
 const DRAIN_ROUNDS: usize = 3;
+
+/// How many streams are announced again in one call.
+const RESTORED_AT_ONCE: usize = 100;
 
 const MIB: usize = 1024 * 1024;
 
@@ -255,8 +260,52 @@ impl Edge {
     }
 
     async fn announce(self: Arc<Self>, facts: Arc<StreamFacts>) {
-        self.advance(facts.stream, StreamState::Joined { joined: clock::unix() }).await;
+        let joined = StreamState::Joined { joined: clock::unix() };
+        match timeout(STORE_LIMIT, self.rendezvous.advance_stream(facts.stream, joined)).await {
+            Ok(Ok(Some(_))) => {}
+            // The store has forgotten it meanwhile, or knows better, and then this changes nothing.
+            Ok(Ok(None)) => drop(self.restore(&[Arc::clone(&facts)]).await),
+            // Once the store is back, all streams are announced again.
+            Ok(Err(error)) => warn!(stream.id = %facts.stream, %error, "a stream could not be announced"),
+            Err(_) => warn!(stream.id = %facts.stream, "a stream could not be announced in time"),
+        }
         facts.milestones.reach(Milestone::Announced);
+    }
+
+    /// Announces joined streams again, to a store that may have forgotten them. Whether it knows them now.
+    async fn restore(&self, streams: &[Arc<StreamFacts>]) -> bool {
+        for some in streams.chunks(RESTORED_AT_ONCE) {
+            let records: Vec<_> = some.iter().map(|facts| self.record(facts)).collect();
+            match timeout(STORE_LIMIT, self.rendezvous.restore_streams(&records)).await {
+                Ok(Ok(())) => {}
+                Ok(Err(error)) => {
+                    warn!(%error, "streams could not be announced again");
+                    return false;
+                }
+                Err(_) => {
+                    warn!("streams could not be announced again in time");
+                    return false;
+                }
+            }
+        }
+        true
+    }
+
+    /// The record of a joined stream, as far as it is known here: its first leg came soon after it was asked for.
+    fn record(&self, facts: &StreamFacts) -> StreamRecord {
+        let age = clock::now().saturating_duration_since(facts.first_leg);
+        let created = UnixTime(clock::unix().0.saturating_sub(age.as_secs()));
+        StreamRecord {
+            version: record::VERSION,
+            stream: facts.stream,
+            address: facts.address.clone(),
+            name: facts.name.clone(),
+            credential: facts.credential.to_string(),
+            owner: self.owner.clone(),
+            created,
+            expires: created.plus(HANDSHAKE_MAX),
+            state: StreamState::Joined { joined: created },
+        }
     }
 
     #[expect(
@@ -369,6 +418,7 @@ impl Edge {
     }
 
     async fn keep_lease(self: Arc<Self>) {
+        let mut forgotten = false;
         loop {
             let (half_open, joined) = self.pairing.counts();
             let has_room = half_open + joined < self.settings.max_streams;
@@ -376,7 +426,12 @@ impl Edge {
             let load = (half_open + joined) as u64;
             let lease = Lease { role: ServerRole::Edge, owner: self.owner.clone(), accepts, load };
             match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
-                Ok(Ok(_)) => {}
+                Ok(Ok(renewal)) => {
+                    forgotten |= renewal.forgotten;
+                    if forgotten {
+                        forgotten = !self.restore(&self.pairing.joined()).await;
+                    }
+                }
                 Ok(Err(error)) => warn!(%error, "the edge's lease could not be renewed"),
                 Err(_) => warn!("the edge's lease could not be renewed in time"),
             }

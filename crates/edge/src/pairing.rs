@@ -185,6 +185,14 @@ impl Pairing {
         live.filter_map(|entry| entry.facts.clone()).collect()
     }
 
+    /// The streams that are joined.
+    pub fn joined(&self) -> Vec<Arc<StreamFacts>> {
+        let streams = self.streams();
+        let joined =
+            streams.entry_by_stream.values().filter(|entry| entry.session.state() == SessionState::Joined);
+        joined.filter_map(|entry| entry.facts.clone()).collect()
+    }
+
     /// How many streams are half open, and how many joined.
     pub fn counts(&self) -> (usize, usize) {
         let streams = self.streams();
