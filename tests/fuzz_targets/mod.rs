@@ -18,6 +18,8 @@ use midspan_core::{
     id::{
         DeviceAddress, DeviceId, ID_MAX_LENGTH, Incarnation, ModuleId, RequestId, Role, StreamId, StreamName,
     },
+    internal::{Answer, Ask, DeviceOnline, EndStream, LinkReplaced},
+    json,
     key::Key,
     link::{self, FromDevice, ToDevice},
     path::{ApiPath, LegPath, PageQuery},
@@ -48,6 +50,7 @@ pub(crate) const TARGETS: &[Target] = &[
     ("stream_request", stream_request),
     ("stream_grant", stream_grant),
     ("problem", problem),
+    ("internal", internal),
     ("api_path", api_path),
     ("page_query", page_query),
     ("leg_path", leg_path),
@@ -274,6 +277,25 @@ pub(crate) fn problem(data: &[u8]) {
         assert_eq!(problem.kind, Problem::from_close(reason).kind);
     }
     assert!(again.is_ok_and(|again| again == problem), "what is written reads differently");
+}
+
+/// What one process tells another parses to the same after it was written, and a question does not show its ticket.
+pub(crate) fn internal(data: &[u8]) {
+    macro_rules! reads_back {
+        ($($message:ty),*) => {$(
+            if let Ok(message) = json::parse::<$message>(data) {
+                let written = serde_json::to_value(&message).unwrap_or_default();
+                let again = serde_json::from_value::<$message>(written.clone());
+                let again = again.ok().and_then(|again| serde_json::to_value(&again).ok());
+                assert_eq!(again, Some(written), "what is written reads differently");
+            }
+        )*};
+    }
+    reads_back!(Ask, Answer, DeviceOnline, LinkReplaced, EndStream);
+    if let Ok(Ask { invitation, .. }) = json::parse::<Ask>(data) {
+        let ticket = invitation.ticket.expose_secret();
+        assert!(ticket.len() < 32 || !format!("{invitation:?}").contains(ticket), "the ticket is shown");
+    }
 }
 
 /// A path that is one of the API's is the only reading of what it names, and no error repeats a long path.

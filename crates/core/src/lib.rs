@@ -12,6 +12,7 @@ pub mod credential;
 pub mod deny;
 pub mod frame;
 pub mod id;
+pub mod internal;
 pub mod json;
 pub mod key;
 pub mod limit;
