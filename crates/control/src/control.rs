@@ -1,24 +1,40 @@
-use std::{sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    time::Duration,
+};
 
 use midspan_core::{
     credential::Credentials,
+    id::DeviceAddress,
     link::GoodbyeReason,
+    problem::Problem,
     record::{StreamRecord, StreamState},
     ticket::Owner,
 };
 use midspan_platform::{
     activity::{ActivityLog, Subject},
+    clock,
+    internal::Calls,
     lifecycle::Lifecycle,
     metrics::Metrics,
     owners::Owners,
-    rendezvous::{Lease, Rendezvous, ServerRole, Timing},
+    rendezvous::{Lease, LinkRecord, Rendezvous, ServerRole, Timing},
     secrets::Secrets,
     watched::Watched,
 };
-use tokio::{sync::Semaphore, time::timeout};
+use tokio::{
+    sync::{Semaphore, watch},
+    time::{Instant, timeout, timeout_at},
+};
 use tracing::{info, info_span, warn};
 
-use crate::{ControlSettings, device::Links, metrics::ControlMetrics, rates::Rates};
+use crate::{
+    ControlSettings, api::in_time, balance, device::Links, metrics::ControlMetrics, rates::Rates, view::View,
+};
 
 /// The control plane of one process.
 pub struct Control {
@@ -34,10 +50,19 @@ pub struct Control {
     pub(crate) metrics: ControlMetrics,
     pub(crate) rendezvous: Arc<dyn Rendezvous>,
     pub(crate) owners: Arc<dyn Owners>,
+    pub(crate) calls: Arc<dyn Calls>,
     pub(crate) activity: ActivityLog,
     pub(crate) links: Links,
     pub(crate) rates: Rates,
     pub(crate) waiting: Arc<Semaphore>,
+    view: watch::Sender<Arc<View>>,
+    timing: Timing,
+    /// Whether the last renewal of the lease was answered.
+    renewed: AtomicBool,
+    /// Whether the store has to be told of all links again.
+    forgotten: AtomicBool,
+    /// Ends of links that the store could not be told of.
+    ended_links: Mutex<HashMap<DeviceAddress, u64>>,
 }
 
 /// What a control plane is made of.
@@ -61,19 +86,32 @@ pub struct ControlParts {
     pub metrics: Metrics,
     /// Where streams, links and edges are recorded.
     pub rendezvous: Arc<dyn Rendezvous>,
+    /// The times that the store lives by.
+    pub timing: Timing,
     /// How owners of streams are reached.
     pub owners: Arc<dyn Owners>,
+    /// How other replicas are reached.
+    pub calls: Arc<dyn Calls>,
     /// Where initiations are recorded.
     pub activity: ActivityLog,
 }
 
 /// How long the rendezvous store may take for one step.
-pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(5);
+pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(3);
 
 const SWEEP: Duration = Duration::from_secs(1);
 
 /// How long links and waiting requests have to end when the process closes.
 const FAREWELL: Duration = Duration::from_secs(6);
+
+/// How often a replica that ends looks whom to tell to go.
+const TELL: Duration = Duration::from_millis(100);
+
+/// How many links the store is told of at a time.
+const BATCH: usize = 500;
+
+/// The pause between two batches, so that the store is not kept from everything else.
+const BATCH_PAUSE: Duration = Duration::from_millis(20);
 
 impl Control {
     /// Puts a control plane together and starts its housekeeping.
@@ -88,20 +126,44 @@ impl Control {
             lifecycle: parts.lifecycle,
             rendezvous: parts.rendezvous,
             owners: parts.owners,
+            calls: parts.calls,
             activity: parts.activity,
             links: Links::default(),
             rates: Rates::new(parts.settings.limit_initiations_per_second),
             waiting: Arc::new(Semaphore::new(parts.settings.limit_waiting_initiations)),
             settings: parts.settings,
+            view: watch::Sender::new(Arc::new(View::empty(clock::now()))),
+            timing: parts.timing,
+            renewed: AtomicBool::new(true),
+            forgotten: AtomicBool::new(false),
+            ended_links: Mutex::default(),
         });
         control.lifecycle.spawn(info_span!("sweep"), Arc::clone(&control).sweep());
         control.lifecycle.spawn(info_span!("lease"), Arc::clone(&control).keep_lease());
+        control.lifecycle.spawn(info_span!("announce"), Arc::clone(&control).announce_links());
         control.lifecycle.spawn(info_span!("deny_list"), Arc::clone(&control).watch_deny_list());
         control
     }
 
-    /// Says goodbye to all devices of a closing process, and waits until they and the requests under way are gone.
-    pub async fn drain(&self) {
+    /// Lets all devices of a closing process go, and waits until they and the requests under way are gone.
+    ///
+    /// Where another replica can take them, devices are told to open a link there, a few at a time; their links here live
+    /// until they have, for up to `grace`.
+    pub async fn drain(&self, grace: Duration) {
+        let end = Instant::now() + grace;
+        if !self.view().loads_beside(&self.replica).is_empty() {
+            let spread = Instant::now() + balance::spread(self.links.count(), grace);
+            let moved = async {
+                while self.links.count() > 0 {
+                    let left = spread.saturating_duration_since(Instant::now());
+                    self.links.let_go(balance::to_tell(self.links.staying(), left, TELL));
+                    tokio::time::sleep(TELL).await;
+                }
+            };
+            if timeout_at(end, moved).await.is_err() {
+                info!(links = self.links.count(), "links left at the end of the grace time");
+            }
+        }
         self.links.dismiss_all(GoodbyeReason::Draining);
         let gone = async {
             while self.links.count() > 0 || self.metrics.waiting_initiations.get() > 0 {
@@ -110,6 +172,43 @@ impl Control {
         };
         if timeout(FAREWELL, gone).await.is_err() {
             info!(links = self.links.count(), "links left after the goodbye");
+        }
+    }
+
+    /// The processes of the relay, as they were seen a moment ago.
+    pub(crate) fn view(&self) -> Arc<View> {
+        Arc::clone(&self.view.borrow())
+    }
+
+    /// The same, looked up now if it does not prove anybody's absence.
+    pub(crate) async fn settled_view(&self) -> Result<Arc<View>, Problem> {
+        let view = self.view();
+        if view.is_settled(clock::now()) { Ok(view) } else { self.look().await }
+    }
+
+    /// Looks who is there.
+    pub(crate) async fn look(&self) -> Result<Arc<View>, Problem> {
+        let leases = |role| in_time(self.rendezvous.leases(role));
+        let (edges, replicas) = tokio::join!(leases(ServerRole::Edge), leases(ServerRole::Control));
+        let view = Arc::new(View { edges: edges?, replicas: replicas?, seen: clock::now() });
+        self.view.send_replace(Arc::clone(&view));
+        Ok(view)
+    }
+
+    /// Whether it is worth while to ask the store for something that can wait.
+    pub(crate) fn store_answers(&self) -> bool {
+        self.renewed.load(Ordering::Relaxed)
+    }
+
+    /// Tells the store that a link has ended, now or once it answers.
+    pub(crate) async fn link_down(&self, address: DeviceAddress, generation: u64) {
+        let told =
+            async { self.store_answers() && self.rendezvous.link_down(&address, generation).await.is_ok() };
+        if !timeout(STORE_LIMIT, told).await.unwrap_or(false) {
+            let mut ended = self.ended_links.lock().unwrap_or_else(PoisonError::into_inner);
+            if ended.len() < self.settings.limit_device_links {
+                ended.insert(address, generation);
+            }
         }
     }
 
@@ -144,19 +243,80 @@ impl Control {
             let accepts = count < self.settings.limit_device_links && !draining.is_cancelled();
             let (role, owner) = (ServerRole::Control, self.replica.clone());
             let lease = Lease { role, owner, accepts, load: count as u64 };
-            match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
-                Ok(Ok(_)) => {}
+            let renewed = timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await;
+            self.renewed.store(matches!(renewed, Ok(Ok(_))), Ordering::Relaxed);
+            match renewed {
+                Ok(Ok(renewal)) => {
+                    if renewal.forgotten {
+                        self.forgotten.store(true, Ordering::Relaxed);
+                    }
+                    // Where it fails, the view of before stays.
+                    let _ = self.look().await;
+                }
                 Ok(Err(error)) => warn!(%error, "the replica's lease could not be renewed"),
                 Err(_) => warn!("the replica's lease could not be renewed in time"),
             }
+            if !draining.is_cancelled() {
+                self.shed();
+            }
             tokio::select! {
-                waited = timeout(Timing::default().renewal, stopped.cancelled()) => if waited.is_ok() { break },
+                waited = timeout(self.timing.renewal, stopped.cancelled()) => if waited.is_ok() { break },
                 // Said at once, so that no device is sent here. Only once: the next round waits as usual.
                 () = draining.cancelled(), if accepts => {}
             }
         }
         // Nobody would miss it for long: it expires.
         let _ = timeout(STORE_LIMIT, self.rendezvous.withdraw(ServerRole::Control, &self.replica)).await;
+    }
+
+    /// Lets some links go when there are far more here than elsewhere.
+    fn shed(&self) {
+        let view = self.view();
+        if view.is_settled(clock::now()) {
+            let own = self.links.staying() as u64;
+            let count = self.links.let_go(balance::to_let_go(own, &view.loads_beside(&self.replica)));
+            if count > 0 {
+                info!(count, own, "links told to move to other replicas");
+            }
+        }
+    }
+
+    /// Tells the store of the links that it has not heard of, or has forgotten.
+    async fn announce_links(self: Arc<Self>) {
+        while timeout(self.timing.renewal, self.lifecycle.stopped().cancelled()).await.is_err() {
+            if !self.store_answers() {
+                continue;
+            }
+            let forgotten = self.forgotten.swap(false, Ordering::Relaxed);
+            let links = self.links.to_announce(forgotten);
+            if !links.is_empty() {
+                info!(links = links.len(), "links are announced again");
+            }
+            for batch in links.chunks(BATCH) {
+                let record = |(address, held): &(DeviceAddress, crate::device::Held)| {
+                    let replica = self.replica.clone();
+                    (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
+                };
+                let records: Vec<_> = batch.iter().map(record).collect();
+                let Ok(newer) = in_time(self.rendezvous.restore_links(&records)).await else {
+                    self.forgotten.fetch_or(forgotten, Ordering::Relaxed);
+                    break;
+                };
+                for (address, held) in batch {
+                    if newer.contains(address) {
+                        // Should this be the device's newest link after all, it comes back at once.
+                        self.links.dismiss(address, *held, GoodbyeReason::Draining);
+                    } else if !self.links.announced(address, *held) {
+                        self.link_down(address.clone(), held.generation).await;
+                    }
+                }
+                tokio::time::sleep(BATCH_PAUSE).await;
+            }
+            let ended = std::mem::take(&mut *self.ended_links.lock().unwrap_or_else(PoisonError::into_inner));
+            for (address, generation) in ended {
+                self.link_down(address, generation).await;
+            }
+        }
     }
 
     async fn watch_deny_list(self: Arc<Self>) {

@@ -11,6 +11,7 @@ pub(crate) struct ControlMetrics {
     initiations: IntCounterVec,
     auth_failures: IntCounterVec,
     goodbyes: IntCounterVec,
+    asked_elsewhere: IntCounterVec,
     ends: IntCounterVec,
 }
 
@@ -41,6 +42,11 @@ impl ControlMetrics {
                 "Device links that the relay closed, by reason; the reasons stand in docs/protocol.md.",
                 "reason",
             ),
+            asked_elsewhere: metrics.counters(
+                "midspan_control_asked_elsewhere_total",
+                "Requests that were passed on to the replica with the device's link, by what came of it: the device's answer, or how it was lost.",
+                "result",
+            ),
             ends: metrics.counters(
                 "midspan_control_stream_ends_total",
                 "Accepted streams that ended before any leg came, by reason; the others are counted at the edge.",
@@ -51,6 +57,7 @@ impl ControlMetrics {
             this.ends.with_label_values(&[reason.label()]);
         }
         this.initiations.with_label_values(&["accepted"]);
+        this.asked_elsewhere.with_label_values(&["accepted"]);
         for label in AuthError::LABELS {
             this.auth_failures.with_label_values(&[label]);
         }
@@ -62,6 +69,10 @@ impl ControlMetrics {
 
     pub(crate) fn initiation(&self, result: &str) {
         self.initiations.with_label_values(&[result]).inc();
+    }
+
+    pub(crate) fn asked_elsewhere(&self, result: &str) {
+        self.asked_elsewhere.with_label_values(&[result]).inc();
     }
 
     pub(crate) fn auth_failure(&self, error: &AuthError) {

@@ -11,12 +11,17 @@ use midspan_core::{
     problem::{Problem, ProblemKind},
 };
 use midspan_platform::{
+    clock,
     http::{HttpRequest, HttpResponse, json},
-    rendezvous::LinkRecord,
+    rendezvous::{LinkRecord, ServerRole},
 };
 
-use super::{bad_request, in_time};
-use crate::{auth::out_of_scope, control::Control};
+use super::{bad_request, in_time, not_known_yet};
+use crate::{
+    auth::out_of_scope,
+    control::Control,
+    view::{Presence, View},
+};
 
 impl Control {
     pub(crate) async fn list_devices(&self, request: &HttpRequest) -> Result<HttpResponse, Problem> {
@@ -32,11 +37,10 @@ impl Control {
             links.entry(address.clone()).or_insert(None);
         }
         let more = links.len() > page.limit;
-        let items: Vec<_> = links
-            .into_iter()
-            .take(page.limit)
-            .map(|(address, link)| status(&credentials, address, link.as_ref()))
-            .collect();
+        let statuses = links.into_iter().take(page.limit);
+        let view = self.settled_view().await?;
+        let statuses = statuses.map(|(address, link)| self.status(&view, &credentials, address, link));
+        let items = statuses.collect::<Result<Vec<_>, _>>()?;
         let next = items.last().filter(|_| more).map(|last| last.address.to_string());
         Ok(json(StatusCode::OK, &DevicePage { items, next }))
     }
@@ -56,7 +60,33 @@ impl Control {
             return Err(Problem::new(ProblemKind::DeviceUnknown, detail));
         }
         let link = in_time(self.rendezvous.link(address)).await?;
-        Ok(json(StatusCode::OK, &status(&credentials, address.clone(), link.as_ref())))
+        let view = self.settled_view().await?;
+        Ok(json(StatusCode::OK, &self.status(&view, &credentials, address.clone(), link)?))
+    }
+
+    /// A device as it is shown. A replica that is gone has no devices.
+    fn status(
+        &self,
+        view: &View,
+        credentials: &Credentials,
+        address: DeviceAddress,
+        link: Option<LinkRecord>,
+    ) -> Result<DeviceStatus, Problem> {
+        let now = clock::now();
+        let is_alive = |link: &LinkRecord| {
+            link.replica == self.replica
+                || view.presence(ServerRole::Control, &link.replica, now) == Presence::Alive
+        };
+        let link = link.filter(is_alive);
+        if link.is_none() && !view.is_settled(now) {
+            return Err(not_known_yet());
+        }
+        Ok(DeviceStatus {
+            connected: link.is_some(),
+            connected_since: link.map(|link| link.since),
+            registered: credentials.is_registered(&address),
+            address,
+        })
     }
 
     /// The first `limit` linked devices behind `after` that `service` reaches.
@@ -75,14 +105,5 @@ impl Control {
             found.extend(reached.take(limit - found.len()).map(|(address, link)| (address, Some(link))));
         }
         Ok(found)
-    }
-}
-
-fn status(credentials: &Credentials, address: DeviceAddress, link: Option<&LinkRecord>) -> DeviceStatus {
-    DeviceStatus {
-        connected: link.is_some(),
-        connected_since: link.map(|link| link.since),
-        registered: credentials.is_registered(&address),
-        address,
     }
 }

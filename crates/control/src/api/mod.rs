@@ -93,6 +93,12 @@ pub(crate) async fn in_time<T>(
     }
 }
 
+/// What is answered while a device that is not found may be there all the same.
+pub(crate) fn not_known_yet() -> Problem {
+    let detail = "the relay does not know yet which devices are connected; try again";
+    Problem::new(ProblemKind::Unavailable, detail)
+}
+
 fn bad_request(detail: impl Into<String>) -> Problem {
     Problem::new(ProblemKind::BadRequest, detail)
 }

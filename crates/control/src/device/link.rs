@@ -34,7 +34,7 @@ use tokio_tungstenite::{
 };
 use tracing::{debug, info, info_span, warn};
 
-use super::links::{Order, Registration};
+use super::links::{Held, Order, Registration};
 use crate::control::{Control, STORE_LIMIT};
 
 type Socket = WebSocketStream<Connection>;
@@ -45,6 +45,12 @@ const WRITE_LIMIT: Duration = Duration::from_secs(10);
 /// How long a link that was told to go may take, answers that it owes included.
 const FAREWELL: Duration = Duration::from_secs(5);
 
+/// How long a device that was told to open another link may take before this one is cut: some tries.
+const MOVE_LIMIT: Duration = Duration::from_secs(30);
+
+/// When a device that was told to open another link does so, in seconds, before some jitter.
+const MOVE_SECONDS: u64 = 1;
+
 /// Why a link ended.
 #[derive(Debug)]
 enum End {
@@ -52,6 +58,8 @@ enum End {
     Gone(&'static str),
     /// The relay closes it.
     Goodbye(GoodbyeReason),
+    /// The device was told to open another link, and has done so or has had its time.
+    Moved,
 }
 
 impl Control {
@@ -92,38 +100,61 @@ impl Control {
         let mut socket =
             WebSocketStream::from_partially_read(connection, early.into(), Role::Server, Some(config)).await;
         let _counted = Counted::new(&self.metrics.device_links);
-        let (mut link, up) = {
-            // Two links of one device get their generations in the order in which they replace each other.
-            let _turn = self.links.turn(&device.address).lock().await;
-            let link = self.links.register(&device.address);
-            (link, timeout(STORE_LIMIT, self.rendezvous.link_up(&device.address, &self.replica)).await)
-        };
+        let mut link = self.announce_link(&device.address).await;
         info!("device connected");
-        let end = match &up {
-            // The deny list may have changed since the credential was checked.
-            Ok(Ok(_)) if self.secrets.deny.current().has_device(&device.address) => {
-                End::Goodbye(GoodbyeReason::Revoked)
-            }
-            Ok(Ok(_)) => self.serve_link(&device, &mut link, &mut socket).await,
-            // Nobody could find the device: it had better try again.
-            Ok(Err(_)) | Err(_) => End::Goodbye(GoodbyeReason::Draining),
+        // The deny list may have changed since the credential was checked.
+        let end = if self.secrets.deny.current().has_device(&device.address) {
+            End::Goodbye(GoodbyeReason::Revoked)
+        } else {
+            self.serve_link(&device, &mut link.registration, &mut socket).await
         };
-        link.withdraw();
         match end {
-            End::Gone(why) => info!(why, "device disconnected"),
+            End::Gone(why) => {
+                link.registration.withdraw();
+                info!(why, "device disconnected");
+            }
             End::Goodbye(reason) => {
+                link.registration.withdraw();
                 info!(reason = reason.label(), "device link closed by the relay");
                 self.metrics.goodbye(reason);
-                self.say_goodbye(&link, &mut socket, reason).await;
+                self.say_goodbye(&link.registration, &mut socket, reason).await;
+            }
+            End::Moved => {
+                // Who asked here is answered here, for as long as that may take.
+                link.registration.unlist();
+                info!("device moved to another link");
+                self.close_in_good_order(&link.registration, &mut socket, GoodbyeReason::Draining, MOVED)
+                    .await;
+                link.registration.withdraw();
             }
         }
-        drop(link);
-        if let Ok(Ok(up)) = up {
-            let down = self.rendezvous.link_down(&device.address, up.generation);
-            if !matches!(timeout(STORE_LIMIT, down).await, Ok(Ok(()))) {
-                warn!("the end of a link could not be recorded");
-            }
+        drop(link.registration);
+        self.link_down(device.address, link.generation).await;
+    }
+
+    /// Registers a new link here and in the store, and tells the replicas that wait for it or hold an older one.
+    ///
+    /// A store that does not answer is told later: what holds the link is its connection.
+    async fn announce_link(&self, address: &DeviceAddress) -> Announced {
+        // Two links of one device get their generations in the order in which they replace each other.
+        let _turn = self.links.turn(address).lock().await;
+        let held = Held { generation: clock::unix_milliseconds(), since: clock::unix() };
+        let registration = self.links.register(address, held);
+        let up = if self.store_answers() {
+            timeout(STORE_LIMIT, self.rendezvous.link_up(address, &self.replica))
+                .await
+                .ok()
+                .and_then(Result::ok)
+        } else {
+            None
+        };
+        registration.set_generation(up.as_ref().map(|up| up.generation));
+        let generation = up.as_ref().map_or(held.generation, |up| up.generation);
+        match up {
+            Some(up) => self.tell_others(address, up),
+            None => warn!("a link could not be announced; it will be, once the store answers"),
         }
+        Announced { registration, generation }
     }
 
     async fn serve_link(&self, device: &DeviceIdentity, link: &mut Registration, socket: &mut Socket) -> End {
@@ -142,10 +173,24 @@ impl Control {
         let mut pings = tokio::time::interval(self.settings.link_ping);
         pings.reset();
         let mut heard = Instant::now();
+        let mut move_by = None;
         loop {
             tokio::select! {
                 order = link.next_order() => match order {
+                    Order::Goodbye(GoodbyeReason::Replaced) if move_by.is_some() => return End::Moved,
                     Order::Goodbye(reason) => return End::Goodbye(reason),
+                    Order::Move => {
+                        self.metrics.goodbye(GoodbyeReason::Draining);
+                        move_by = Some(Instant::now() + MOVE_LIMIT);
+                        let goodbye = Goodbye {
+                            reason: GoodbyeReason::Draining,
+                            message: MOVED.to_owned(),
+                            come_back_seconds: MOVE_SECONDS,
+                        };
+                        if let Err(end) = send(socket, &ToDevice::Goodbye(goodbye)).await {
+                            return end;
+                        }
+                    }
                     Order::Ask(invitation) => {
                         debug!(stream.id = %invitation.stream, request = %invitation.request, "device asked");
                         if let Err(end) = send(socket, &ToDevice::Request(invitation)).await {
@@ -154,6 +199,7 @@ impl Control {
                     }
                 },
                 () = self.lifecycle.stopped().cancelled() => return End::Goodbye(GoodbyeReason::Draining),
+                () = at(move_by) => return End::Moved,
                 () = &mut expiry => return End::Goodbye(GoodbyeReason::CredentialExpired),
                 message = socket.next() => {
                     heard = Instant::now();
@@ -216,8 +262,20 @@ impl Control {
             GoodbyeReason::Stalled => (1, "the device took no message for too long"),
         };
         let goodbye = Goodbye { reason, message: message.to_owned(), come_back_seconds: seconds };
+        if let Ok(Ok(())) = timeout(FAREWELL, send(socket, &ToDevice::Goodbye(goodbye))).await {
+            self.close_in_good_order(link, socket, reason, message).await;
+        }
+    }
+
+    /// Closes a link whose device has been told why.
+    async fn close_in_good_order(
+        &self,
+        link: &Registration,
+        socket: &mut Socket,
+        reason: GoodbyeReason,
+        message: &str,
+    ) {
         let farewell = async {
-            send(socket, &ToDevice::Goodbye(goodbye)).await.map_err(drop)?;
             let answers_count = matches!(reason, GoodbyeReason::Draining | GoodbyeReason::CredentialExpired);
             while answers_count && link.owes_answers() {
                 let message = timeout(Duration::from_millis(100), socket.next()).await;
@@ -241,6 +299,22 @@ impl Control {
         };
         // A device that does not listen is dropped all the same.
         let _ = timeout(FAREWELL, farewell).await;
+    }
+}
+
+/// A link that is registered.
+struct Announced {
+    registration: Registration,
+    generation: u64,
+}
+
+/// What a device is told that is to open another link.
+const MOVED: &str = "this link moves to another process of the relay";
+
+async fn at(time: Option<Instant>) {
+    match time {
+        Some(time) => sleep_until(time).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -7,25 +7,26 @@ use std::{
 };
 
 use midspan_core::{
-    capability::Capabilities,
     deny::DenyList,
     id::{DeviceAddress, RequestId},
+    internal::Outcome,
     link::{FromDevice, GoodbyeReason, Invitation, REASON_MAX, cut},
+    time::UnixTime,
 };
-use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 /// The links, and the requests whose answers are awaited.
 #[derive(Debug, Default)]
 pub(crate) struct Links {
     inner: Arc<Mutex<Inner>>,
-    turns: [tokio::sync::Mutex<()>; 16],
+    turns: [tokio::sync::Mutex<()>; 32],
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     link_by_device: HashMap<DeviceAddress, Handle>,
-    arrival_by_device: HashMap<DeviceAddress, Arc<Notify>>,
+    arrival_by_device: HashMap<DeviceAddress, watch::Sender<()>>,
     pending_by_request: HashMap<RequestId, Pending>,
     last_serial: u64,
 }
@@ -33,22 +34,45 @@ struct Inner {
 #[derive(Debug)]
 struct Handle {
     serial: u64,
+    held: Held,
+    standing: Standing,
     invitations: mpsc::Sender<Invitation>,
-    goodbye: watch::Sender<Option<GoodbyeReason>>,
+    order: watch::Sender<Stay>,
     gone: CancellationToken,
+}
+
+/// A link that this replica holds.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Held {
+    /// The store's, or the clock's at the beginning of the link for as long as the store has given none.
+    pub(crate) generation: u64,
+    pub(crate) since: UnixTime,
+}
+
+/// What the store knows of a link.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Standing {
+    /// It is being told.
+    New,
+    Announced,
+    /// It could not be told.
+    Unannounced,
+}
+
+/// Whether a link may stay.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Stay {
+    Yes,
+    /// Until the device has another link.
+    ForNow,
+    No(GoodbyeReason),
 }
 
 #[derive(Debug)]
 struct Pending {
+    serial: u64,
     address: DeviceAddress,
-    answer: oneshot::Sender<Answer>,
-}
-
-/// What a device said.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub(crate) enum Answer {
-    Accepted(Capabilities),
-    Rejected(String),
+    answer: oneshot::Sender<Outcome>,
 }
 
 /// Why a request did not get to a device's link.
@@ -64,7 +88,8 @@ pub(crate) enum InviteError {
 #[derive(Debug)]
 pub(crate) struct Registration {
     invitations: mpsc::Receiver<Invitation>,
-    goodbye: watch::Receiver<Option<GoodbyeReason>>,
+    order: watch::Receiver<Stay>,
+    told_to_move: bool,
     address: DeviceAddress,
     serial: u64,
     gone: CancellationToken,
@@ -75,6 +100,8 @@ pub(crate) struct Registration {
 #[derive(Debug)]
 pub(crate) enum Order {
     Ask(Invitation),
+    /// The device is to open another link, and then to let this one go.
+    Move,
     Goodbye(GoodbyeReason),
 }
 
@@ -82,7 +109,16 @@ pub(crate) enum Order {
 #[derive(Debug)]
 pub(crate) struct Question {
     pub(crate) request: RequestId,
-    answer: oneshot::Receiver<Answer>,
+    serial: u64,
+    answer: oneshot::Receiver<Outcome>,
+    inner: Arc<Mutex<Inner>>,
+}
+
+/// Somebody who waits for a device; the last one takes the notice board down.
+#[derive(Debug)]
+pub(crate) struct Arrivals {
+    address: DeviceAddress,
+    news: watch::Receiver<()>,
     inner: Arc<Mutex<Inner>>,
 }
 
@@ -91,23 +127,22 @@ const INVITATIONS: usize = 64;
 
 impl Links {
     /// A device's new link. An older one is told that it was replaced.
-    pub(crate) fn register(&self, address: &DeviceAddress) -> Registration {
+    pub(crate) fn register(&self, address: &DeviceAddress, held: Held) -> Registration {
         let mut inner = self.lock();
-        inner.last_serial += 1;
-        let serial = inner.last_serial;
+        let serial = inner.next_serial();
         let (sender, invitations) = mpsc::channel(INVITATIONS);
-        let (goodbye, goodbyes) = watch::channel(None);
+        let (order, orders) = watch::channel(Stay::Yes);
         let gone = CancellationToken::new();
-        let handle = Handle { serial, invitations: sender, goodbye, gone: gone.clone() };
+        let standing = Standing::New;
+        let handle = Handle { serial, held, standing, invitations: sender, order, gone: gone.clone() };
         if let Some(older) = inner.link_by_device.insert(address.clone(), handle) {
-            older.goodbye.send_replace(Some(GoodbyeReason::Replaced));
+            older.order.send_replace(Stay::No(GoodbyeReason::Replaced));
         }
-        if let Some(arrival) = inner.arrival_by_device.get(address) {
-            arrival.notify_waiters();
-        }
+        inner.tell_arrival(address);
         Registration {
             invitations,
-            goodbye: goodbyes,
+            order: orders,
+            told_to_move: false,
             address: address.clone(),
             serial,
             gone,
@@ -117,10 +152,12 @@ impl Links {
 
     /// Registers a request whose answer is awaited.
     pub(crate) fn ask(&self, request: RequestId, address: &DeviceAddress) -> Question {
+        let mut inner = self.lock();
+        let serial = inner.next_serial();
         let (sender, answer) = oneshot::channel();
-        let pending = Pending { address: address.clone(), answer: sender };
-        self.lock().pending_by_request.insert(request, pending);
-        Question { request, answer, inner: Arc::clone(&self.inner) }
+        let pending = Pending { serial, address: address.clone(), answer: sender };
+        inner.pending_by_request.insert(request, pending);
+        Question { request, serial, answer, inner: Arc::clone(&self.inner) }
     }
 
     /// Hands a request to the device's link. The token is cancelled when that link is gone.
@@ -138,25 +175,83 @@ impl Links {
         }
     }
 
-    /// Waits until the device has a link. Returns at once when it has one.
-    pub(crate) async fn wait_for(&self, address: &DeviceAddress) {
-        let arrival = Arrival::new(address, &self.inner);
-        loop {
-            // Register first, look second: an arrival in between is not missed.
-            let notified = arrival.notify.notified();
-            tokio::pin!(notified);
-            notified.as_mut().enable();
-            if self.lock().link_by_device.contains_key(address) {
-                return;
-            }
-            notified.await;
+    /// Begins to wait for links of a device, here or elsewhere: those that come from now on are told of.
+    pub(crate) fn arrivals(&self, address: &DeviceAddress) -> Arrivals {
+        let mut inner = self.lock();
+        let board = inner.arrival_by_device.entry(address.clone()).or_insert_with(|| watch::Sender::new(()));
+        Arrivals { address: address.clone(), news: board.subscribe(), inner: Arc::clone(&self.inner) }
+    }
+
+    /// The device has a link at another replica.
+    pub(crate) fn online_elsewhere(&self, address: &DeviceAddress) {
+        self.lock().tell_arrival(address);
+    }
+
+    /// The device has a link of this generation at another replica: an older one here is told that it was replaced.
+    pub(crate) fn replaced_elsewhere(&self, address: &DeviceAddress, generation: u64) {
+        if let Some(link) = self.lock().link_by_device.get(address)
+            // Which one is newer is not known before the store has said so.
+            && link.standing == Standing::Announced
+            && link.held.generation < generation
+        {
+            link.order.send_replace(Stay::No(GoodbyeReason::Replaced));
         }
+    }
+
+    /// The link of this device, and whether the store has given its generation.
+    pub(crate) fn held(&self, address: &DeviceAddress) -> Option<(Held, bool)> {
+        let inner = self.lock();
+        let link = inner.link_by_device.get(address)?;
+        Some((link.held, link.standing == Standing::Announced))
+    }
+
+    /// The links that the store has not been told of, or, if it has forgotten, also those that it had.
+    pub(crate) fn to_announce(&self, forgotten: bool) -> Vec<(DeviceAddress, Held)> {
+        let inner = self.lock();
+        let links = inner.link_by_device.iter().filter(|(_, link)| match link.standing {
+            Standing::New => false,
+            Standing::Announced => forgotten,
+            Standing::Unannounced => true,
+        });
+        links.map(|(address, link)| (address.clone(), link.held)).collect()
+    }
+
+    /// The store knows this link now. False when it is not here any more.
+    pub(crate) fn announced(&self, address: &DeviceAddress, held: Held) -> bool {
+        let mut inner = self.lock();
+        let link = inner.link_by_device.get_mut(address).filter(|link| link.held == held);
+        if let Some(link) = link {
+            link.standing = Standing::Announced;
+            return true;
+        }
+        false
+    }
+
+    /// Says goodbye to one link.
+    pub(crate) fn dismiss(&self, address: &DeviceAddress, held: Held, reason: GoodbyeReason) {
+        if let Some(link) = self.lock().link_by_device.get(address).filter(|link| link.held == held) {
+            link.order.send_replace(Stay::No(reason));
+        }
+    }
+
+    /// Tells up to `count` devices to open another link. Gives how many were told.
+    pub(crate) fn let_go(&self, count: usize) -> usize {
+        let told = |link: &&Handle| -> bool {
+            link.order.send_if_modified(|stay| {
+                let stays = *stay == Stay::Yes;
+                if stays {
+                    *stay = Stay::ForNow;
+                }
+                stays
+            })
+        };
+        self.lock().link_by_device.values().filter(told).take(count).count()
     }
 
     /// Says goodbye to every device.
     pub(crate) fn dismiss_all(&self, reason: GoodbyeReason) {
         for link in self.lock().link_by_device.values() {
-            link.goodbye.send_replace(Some(reason));
+            link.order.send_replace(Stay::No(reason));
         }
     }
 
@@ -164,7 +259,7 @@ impl Links {
     pub(crate) fn dismiss_denied(&self, deny: &DenyList) {
         for (address, link) in &self.lock().link_by_device {
             if deny.has_device(address) {
-                link.goodbye.send_replace(Some(GoodbyeReason::Revoked));
+                link.order.send_replace(Stay::No(GoodbyeReason::Revoked));
             }
         }
     }
@@ -186,30 +281,73 @@ impl Links {
         self.lock().link_by_device.len()
     }
 
+    /// How many links have not been told to go.
+    pub(crate) fn staying(&self) -> usize {
+        self.lock().link_by_device.values().filter(|link| *link.order.borrow() == Stay::Yes).count()
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         lock(&self.inner)
+    }
+}
+
+impl Inner {
+    fn next_serial(&mut self) -> u64 {
+        self.last_serial += 1;
+        self.last_serial
+    }
+
+    fn tell_arrival(&self, address: &DeviceAddress) {
+        if let Some(board) = self.arrival_by_device.get(address) {
+            board.send_replace(());
+        }
     }
 }
 
 impl Registration {
     /// Waits for what the relay wants of the link: to ask the device, or to close.
     pub(crate) async fn next_order(&mut self) -> Order {
+        let told_to_move = self.told_to_move;
         tokio::select! {
             biased;
-            goodbye = self.goodbye.wait_for(Option::is_some) => {
+            stay = self.order.wait_for(|stay| match stay {
+                Stay::Yes => false,
+                Stay::ForNow => !told_to_move,
+                Stay::No(_) => true,
+            }) => match stay.map(|stay| *stay) {
+                Ok(Stay::ForNow) => {
+                    self.told_to_move = true;
+                    Order::Move
+                }
+                Ok(Stay::No(reason)) => Order::Goodbye(reason),
                 // The sender goes with the replaced link's registration, after it has said why.
-                Order::Goodbye(goodbye.ok().and_then(|reason| *reason).unwrap_or(GoodbyeReason::Replaced))
-            }
+                Ok(Stay::Yes) | Err(_) => Order::Goodbye(GoodbyeReason::Replaced),
+            },
             Some(invitation) = self.invitations.recv() => Order::Ask(invitation),
+        }
+    }
+
+    /// The store knows the link by this generation, or could not be told.
+    pub(crate) fn set_generation(&self, generation: Option<u64>) {
+        let mut inner = lock(&self.inner);
+        let link = inner.link_by_device.get_mut(&self.address).filter(|link| link.serial == self.serial);
+        if let Some(link) = link {
+            match generation {
+                Some(generation) => {
+                    link.held.generation = generation;
+                    link.standing = Standing::Announced;
+                }
+                None => link.standing = Standing::Unannounced,
+            }
         }
     }
 
     /// Takes an answer of the device. False when nobody waits for it.
     pub(crate) fn answer(&self, message: FromDevice) -> bool {
         let (request, answer) = match message {
-            FromDevice::Accept { request, capabilities } => (request, Answer::Accepted(capabilities)),
+            FromDevice::Accept { request, capabilities } => (request, Outcome::Accepted { capabilities }),
             FromDevice::Reject { request, reason } => {
-                (request, Answer::Rejected(cut(&reason, REASON_MAX).to_owned()))
+                (request, Outcome::Rejected { reason: cut(&reason, REASON_MAX).to_owned() })
             }
             FromDevice::Unknown => return true,
         };
@@ -231,12 +369,16 @@ impl Registration {
 
 impl Registration {
     /// Takes the link off the list: nothing more is asked here, but answers still count.
-    pub(crate) fn withdraw(&self) {
+    pub(crate) fn unlist(&self) {
         let mut inner = lock(&self.inner);
         if inner.link_by_device.get(&self.address).is_some_and(|link| link.serial == self.serial) {
             inner.link_by_device.remove(&self.address);
         }
-        // Whoever had asked here asks the device's next link.
+    }
+
+    /// Does the same, and lets whoever had asked here ask the device's next link.
+    pub(crate) fn withdraw(&self) {
+        self.unlist();
         self.gone.cancel();
     }
 }
@@ -248,38 +390,46 @@ impl Drop for Registration {
 }
 
 impl Question {
-    /// Waits for the device's answer.
-    pub(crate) async fn answer(&mut self) -> Option<Answer> {
+    /// Waits for the device's answer. `None` when the same request was registered once more.
+    pub(crate) async fn answer(&mut self) -> Option<Outcome> {
         (&mut self.answer).await.ok()
     }
 }
 
 impl Drop for Question {
     fn drop(&mut self) {
-        lock(&self.inner).pending_by_request.remove(&self.request);
+        let mut inner = lock(&self.inner);
+        if inner.pending_by_request.get(&self.request).is_some_and(|pending| pending.serial == self.serial) {
+            inner.pending_by_request.remove(&self.request);
+        }
     }
 }
 
-/// Somebody who waits for a device; the last one takes the notice board down.
-struct Arrival<'a> {
-    address: &'a DeviceAddress,
-    notify: Arc<Notify>,
-    inner: &'a Mutex<Inner>,
-}
+impl Arrivals {
+    /// Waits for the next link of the device, here or elsewhere.
+    pub(crate) async fn next(&mut self) {
+        if self.news.changed().await.is_err() {
+            // The board stays for as long as somebody reads it.
+            std::future::pending::<()>().await;
+        }
+    }
 
-impl<'a> Arrival<'a> {
-    fn new(address: &'a DeviceAddress, inner: &'a Mutex<Inner>) -> Self {
-        let notify = Arc::clone(lock(inner).arrival_by_device.entry(address.clone()).or_default());
-        Self { address, notify, inner }
+    /// Waits for the next link of the device here.
+    pub(crate) async fn next_here(&mut self) {
+        loop {
+            self.next().await;
+            if lock(&self.inner).link_by_device.contains_key(&self.address) {
+                return;
+            }
+        }
     }
 }
 
-impl Drop for Arrival<'_> {
+impl Drop for Arrivals {
     fn drop(&mut self) {
-        let mut inner = lock(self.inner);
-        // Two: the map's and this one's.
-        if Arc::strong_count(&self.notify) == 2 {
-            inner.arrival_by_device.remove(self.address);
+        let mut inner = lock(&self.inner);
+        if inner.arrival_by_device.get(&self.address).is_some_and(|board| board.receiver_count() == 1) {
+            inner.arrival_by_device.remove(&self.address);
         }
     }
 }
@@ -290,17 +440,16 @@ fn lock(inner: &Mutex<Inner>) -> MutexGuard<'_, Inner> {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
-    use midspan_core::{id::StreamId, link::Metadata, time::UnixTime, trace::TraceParent};
+    use futures_util::FutureExt as _;
+    use midspan_core::{capability::Capabilities, id::StreamId, link::Metadata, trace::TraceParent};
 
     use super::*;
 
     #[tokio::test]
     async fn a_newer_link_replaces_the_older_one() {
         let links = Links::default();
-        let mut older = links.register(&dev1());
-        let newer = links.register(&dev1());
+        let mut older = links.register(&dev1(), held(1));
+        let newer = links.register(&dev1(), held(1));
         assert!(matches!(older.next_order().await, Order::Goodbye(GoodbyeReason::Replaced)));
         drop(older);
         assert_eq!(links.count(), 1);
@@ -309,22 +458,82 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_waits_hears_of_an_arrival() {
+    async fn who_waits_hears_of_arrivals_here_and_elsewhere() {
         let (links, address) = (Links::default(), dev1());
-        let wait = tokio::time::timeout(Duration::from_secs(5), links.wait_for(&address));
-        let arrive = async {
-            tokio::time::sleep(Duration::from_millis(20)).await;
-            links.register(&dev1())
-        };
-        let (waited, _registration) = tokio::join!(wait, arrive);
-        assert!(waited.is_ok());
+        let mut arrivals = links.arrivals(&address);
+        links.online_elsewhere(&"dev2".parse().unwrap());
+        assert!(arrivals.next().now_or_never().is_none());
+        links.online_elsewhere(&address);
+        assert!(arrivals.next_here().now_or_never().is_none(), "it is elsewhere");
+        let _registration = links.register(&address, held(1));
+        assert!(arrivals.next_here().now_or_never().is_some());
+        let other = links.arrivals(&address);
+        drop(arrivals);
+        assert_eq!(links.lock().arrival_by_device.len(), 1);
+        drop(other);
         assert!(links.lock().arrival_by_device.is_empty());
+    }
+
+    #[tokio::test]
+    async fn only_an_older_link_is_replaced_from_elsewhere() {
+        let links = Links::default();
+        let mut link = links.register(&dev1(), held(1));
+        links.replaced_elsewhere(&dev1(), 9);
+        assert!(link.next_order().now_or_never().is_none(), "which one is newer is not known yet");
+        link.set_generation(Some(5));
+        links.replaced_elsewhere(&dev1(), 5);
+        assert!(link.next_order().now_or_never().is_none());
+        links.replaced_elsewhere(&dev1(), 6);
+        assert!(matches!(link.next_order().await, Order::Goodbye(GoodbyeReason::Replaced)));
+    }
+
+    #[tokio::test]
+    async fn a_link_that_is_let_go_is_told_once_and_still_asked() {
+        let links = Links::default();
+        let mut link = links.register(&dev1(), held(1));
+        assert_eq!(links.let_go(5), 1);
+        assert_eq!(links.let_go(5), 0);
+        assert!(matches!(link.next_order().await, Order::Move));
+        links.invite(&dev1(), invitation()).unwrap();
+        assert!(matches!(link.next_order().await, Order::Ask(_)));
+        links.dismiss_all(GoodbyeReason::Draining);
+        assert!(matches!(link.next_order().await, Order::Goodbye(GoodbyeReason::Draining)));
+        assert_eq!(links.let_go(5), 0);
+    }
+
+    #[test]
+    fn what_the_store_may_have_forgotten_is_announced_again() {
+        let links = Links::default();
+        let (one, two) =
+            (links.register(&dev1(), held(1)), links.register(&"dev2".parse().unwrap(), held(2)));
+        assert!(links.to_announce(true).is_empty(), "both are being told");
+        one.set_generation(Some(7));
+        two.set_generation(None);
+        assert_eq!(links.to_announce(false), [("dev2".parse().unwrap(), held(2))]);
+        assert_eq!(links.to_announce(true).len(), 2);
+        assert!(links.announced(&"dev2".parse().unwrap(), held(2)));
+        assert!(!links.announced(&dev1(), held(1)), "its generation is another one");
+        assert!(links.to_announce(false).is_empty());
+    }
+
+    #[tokio::test]
+    async fn a_request_that_is_registered_twice_is_answered_to_the_later_one() {
+        let links = Links::default();
+        let device = links.register(&dev1(), held(1));
+        let request = RequestId::from_random(1);
+        let mut earlier = links.ask(request, &dev1());
+        let mut later = links.ask(request, &dev1());
+        assert_eq!(earlier.answer().await, None);
+        drop(earlier);
+        assert!(device.answer(FromDevice::Reject { request, reason: String::new() }));
+        assert!(later.answer().await.is_some());
     }
 
     #[tokio::test]
     async fn an_answer_counts_once_and_only_from_the_device_that_was_asked() {
         let links = Links::default();
-        let (device, other) = (links.register(&dev1()), links.register(&"dev2".parse().unwrap()));
+        let (device, other) =
+            (links.register(&dev1(), held(1)), links.register(&"dev2".parse().unwrap(), held(2)));
         let request = RequestId::from_random(1);
         let mut question = links.ask(request, &dev1());
         let reject = || FromDevice::Reject { request, reason: "é".repeat(5000) };
@@ -332,7 +541,7 @@ mod tests {
         assert!(device.owes_answers() && !other.owes_answers());
         assert!(device.answer(reject()));
         assert!(!device.answer(reject()));
-        assert_eq!(question.answer().await, Some(Answer::Rejected("é".repeat(512))));
+        assert_eq!(question.answer().await, Some(Outcome::Rejected { reason: "é".repeat(512) }));
         drop(question);
         assert!(links.lock().pending_by_request.is_empty());
     }
@@ -341,7 +550,7 @@ mod tests {
     async fn a_device_that_takes_nothing_is_not_asked_for_ever() {
         let links = Links::default();
         assert_eq!(links.invite(&dev1(), invitation()).unwrap_err(), InviteError::Offline);
-        let link = links.register(&dev1());
+        let link = links.register(&dev1(), held(1));
         for _ in 0..INVITATIONS {
             links.invite(&dev1(), invitation()).unwrap();
         }
@@ -353,7 +562,7 @@ mod tests {
     #[tokio::test]
     async fn who_asked_over_a_link_hears_that_it_is_gone() {
         let links = Links::default();
-        let link = links.register(&dev1());
+        let link = links.register(&dev1(), held(1));
         let gone = links.invite(&dev1(), invitation()).unwrap();
         assert!(!gone.is_cancelled());
         link.withdraw();
@@ -373,6 +582,10 @@ mod tests {
             metadata: Metadata::default(),
             traceparent: TraceParent::new(1, 1),
         }
+    }
+
+    fn held(generation: u64) -> Held {
+        Held { generation, since: UnixTime(1) }
     }
 
     fn dev1() -> DeviceAddress {

@@ -3,4 +3,4 @@
 mod link;
 mod links;
 
-pub(crate) use links::{Answer, InviteError, Links};
+pub(crate) use links::{Held, InviteError, Links, Question};

@@ -1,16 +1,15 @@
 //! From a service's request to the device's answer.
 
-use std::{sync::Arc, time::Duration};
+mod ask;
+
+use std::sync::Arc;
 
 use midspan_core::{
-    api::{StreamGrant, StreamRequest, Timeouts, answer_by},
-    capability::Capabilities,
+    api::{StreamGrant, StreamRequest, Timeouts},
     close::CloseReason,
     credential::ServiceIdentity,
-    id::{DeviceAddress, RequestId, Role, StreamId},
+    id::{DeviceAddress, Role, StreamId},
     limit::{LimitName, LimitReached},
-    link::Invitation,
-    placement,
     problem::{Problem, ProblemKind},
     record::{self, StreamEnd, StreamRecord, StreamState},
     ticket::{Owner, Ticket},
@@ -21,21 +20,18 @@ use midspan_platform::{
     activity::Subject,
     clock,
     metrics::Counted,
-    rendezvous::{CreateError, ServerRole, StoreError, StoreFailure, StreamLimits},
+    rendezvous::{CreateError, LinkRecord, ServerRole, StoreError, StoreFailure, StreamLimits},
 };
 use tokio::{
     sync::oneshot,
-    time::{Instant, sleep_until, timeout, timeout_at},
+    time::{Instant, timeout},
 };
 use tracing::{Instrument as _, Span, info, info_span, warn};
 
 use crate::{
     control::{Control, STORE_LIMIT},
-    device::{Answer, InviteError},
+    view::Presence,
 };
-
-/// How long requests under way may still take when the process closes.
-const CLOSING_GRACE: Duration = Duration::from_secs(4);
 
 impl Control {
     /// Asks the device for a stream, and answers when it has answered.
@@ -60,6 +56,7 @@ impl Control {
             stream,
             expires: clock::unix().plus(self.settings.handshake_limit),
             owner: None,
+            asked: false,
             started: Instant::now(),
             span: span.clone(),
             over: false,
@@ -69,8 +66,9 @@ impl Control {
         result
     }
 
-    async fn end_attempt(&self, stream: StreamId, owner: &Owner, reason: CloseReason) {
-        if self.owners.end(owner, stream, reason).await.is_err() {
+    /// Ends a stream that did not come about. Only a device that was asked can have sent a leg.
+    async fn end_attempt(&self, stream: StreamId, owner: &Owner, asked: bool, reason: CloseReason) {
+        if asked && self.owners.end(owner, stream, reason).await.is_err() {
             warn!("the owner of a stream that did not come about could not be told; its legs will time out");
         }
         self.announce(stream, StreamState::Ended(StreamEnd::unused(reason, clock::unix()))).await;
@@ -95,6 +93,8 @@ struct Attempt {
     expires: UnixTime,
     /// Once the stream is recorded.
     owner: Option<Owner>,
+    /// Whether the device may have heard of the stream.
+    asked: bool,
     started: Instant,
     span: Span,
     over: bool,
@@ -124,11 +124,16 @@ impl Attempt {
             self.request.connect_timeout_seconds,
             self.request.response_timeout_seconds,
         );
-        let owner = self.record().await?;
+        let (owner, link) = self.record().await?;
         let service_ticket = self.ticket(Role::Service, &owner);
-        let capabilities = self.ask(&service_ticket, timeouts).await?;
-
-        control.announce(self.stream, StreamState::Accepted).await;
+        let capabilities = self.ask(&service_ticket, link, timeouts).await?;
+        if control.view().presence(ServerRole::Edge, &owner, clock::now()) == Presence::Gone {
+            return Err(Problem::from_close(CloseReason::EdgeLost));
+        }
+        let (announcer, stream) = (Arc::clone(&control), self.stream);
+        control.lifecycle.spawn(self.span.clone(), async move {
+            announcer.announce(stream, StreamState::Accepted).await;
+        });
         let keys = control.secrets.ticket_keys();
         let text = keys.sign(&service_ticket).map_err(|_| cannot_sign())?;
         Ok(StreamGrant {
@@ -143,18 +148,17 @@ impl Attempt {
         })
     }
 
-    /// Picks the owner and records the stream.
-    async fn record(&mut self) -> Result<Owner, Problem> {
+    /// Picks the owner and records the stream. Gives the owner, and the device's link if there is one.
+    async fn record(&mut self) -> Result<(Owner, Option<LinkRecord>), Problem> {
         let control = &self.control;
         let now = clock::unix();
-        let edges = crate::api::in_time(control.rendezvous.leases(ServerRole::Edge)).await?;
-        let edges: Vec<_> =
-            edges.alive.into_iter().filter(|edge| edge.accepts).map(|edge| edge.owner).collect();
-        let names: Vec<_> = edges.iter().map(|owner| owner.name.as_str()).collect();
-        let owner =
-            placement::owner_of(self.stream, &names).map(|index| edges[index].clone()).ok_or_else(|| {
+        let owner = match control.view().owner_of(self.stream) {
+            Some(owner) => owner,
+            // An edge may have come just now.
+            None => control.look().await?.owner_of(self.stream).ok_or_else(|| {
                 Problem::new(ProblemKind::Unavailable, "no streaming edge can take a stream now; try again")
-            })?;
+            })?,
+        };
         let record = StreamRecord {
             version: record::VERSION,
             stream: self.stream,
@@ -171,16 +175,16 @@ impl Attempt {
             per_service: control.settings.limit_streams_per_service,
             per_relay: control.settings.limit_streams_per_relay,
         };
-        match timeout(STORE_LIMIT, control.rendezvous.create_stream(record, limits)).await {
-            Ok(Ok(_)) => {}
+        let link = match timeout(STORE_LIMIT, control.rendezvous.create_stream(record, limits)).await {
+            Ok(Ok(link)) => link,
             Ok(Err(CreateError::Limit(limit))) => return Err(limit.into()),
             Ok(Err(CreateError::Store(error))) => return Err(store_problem(&error)),
             Err(_) => {
                 return Err(store_problem(&StoreError::new(StoreFailure::TimedOut, "it took too long")));
             }
-        }
+        };
         self.owner = Some(owner.clone());
-        Ok(owner)
+        Ok((owner, link))
     }
 
     fn ticket(&self, role: Role, owner: &Owner) -> Ticket {
@@ -195,79 +199,6 @@ impl Attempt {
             expires: self.expires,
             trace: self.trace,
         }
-    }
-
-    /// Waits for the device, asks it, and waits for its answer. A device whose link is replaced is asked again.
-    async fn ask(&self, service_ticket: &Ticket, timeouts: Timeouts) -> Result<Capabilities, Problem> {
-        let control = &self.control;
-        let device_ticket = Ticket { role: Role::Device, ..service_ticket.clone() };
-        let ticket = control.secrets.ticket_keys().sign(&device_ticket).map_err(|_| cannot_sign())?;
-        let mut question = control.links.ask(RequestId::from_random(clock::random()), &self.address);
-        let request = question.request;
-        let last = self.started + answer_by(control.settings.handshake_limit);
-        let mut deadline = self.started + timeouts.connect;
-        let mut asked = false;
-        let closing = async {
-            control.lifecycle.closing().cancelled().await;
-            tokio::time::sleep(CLOSING_GRACE).await;
-        };
-        tokio::pin!(closing);
-        loop {
-            let online = tokio::select! {
-                biased;
-                answer = question.answer() => return verdict(answer),
-                online = timeout_at(deadline, control.links.wait_for(&self.address)) => online.is_ok(),
-                () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
-            };
-            if !online {
-                return Err(self.offline());
-            }
-            if !asked {
-                asked = true;
-                deadline = (Instant::now() + timeouts.response).min(last);
-            }
-            let invitation = Invitation {
-                request,
-                stream: self.stream,
-                name: self.request.name.clone(),
-                url: self.leg_url(Role::Device),
-                ticket: ticket.clone(),
-                expires: self.expires,
-                answer_within_ms: u64::try_from(
-                    deadline.saturating_duration_since(Instant::now()).as_millis(),
-                )
-                .unwrap_or(u64::MAX),
-                capabilities: self.request.capabilities.clone(),
-                metadata: self.request.metadata.clone(),
-                traceparent: self.trace.child(clock::random_u64()),
-            };
-            let gone = match control.links.invite(&self.address, invitation) {
-                Ok(gone) => gone,
-                Err(InviteError::QueueFull) => {
-                    return Err(Problem::from_close(CloseReason::InvitationFailed));
-                }
-                Err(InviteError::Offline) => {
-                    // It left between the look and the call.
-                    tokio::task::yield_now().await;
-                    continue;
-                }
-            };
-            tokio::select! {
-                biased;
-                answer = question.answer() => return verdict(answer),
-                () = gone.cancelled() => {}
-                () = sleep_until(deadline) => return Err(Problem::from_close(CloseReason::DeviceSilent)),
-                () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
-            }
-        }
-    }
-
-    fn offline(&self) -> Problem {
-        let detail = format!(
-            "device {} is not connected to the relay; start it, or wait longer with connect_timeout_seconds",
-            self.address
-        );
-        Problem::new(CloseReason::DeviceOffline.into(), detail)
     }
 
     fn leg_url(&self, role: Role) -> String {
@@ -296,9 +227,9 @@ impl Attempt {
     fn end(&mut self, reason: CloseReason) -> oneshot::Receiver<()> {
         let (done, ended) = oneshot::channel();
         if let Some(owner) = self.owner.take() {
-            let (control, stream) = (Arc::clone(&self.control), self.stream);
+            let (control, stream, asked) = (Arc::clone(&self.control), self.stream, self.asked);
             self.control.lifecycle.spawn(self.span.clone(), async move {
-                control.end_attempt(stream, &owner, reason).await;
+                control.end_attempt(stream, &owner, asked, reason).await;
                 // Nobody may wait for it any more.
                 let _ = done.send(());
             });
@@ -335,23 +266,6 @@ impl Drop for Attempt {
         let problem = Problem::from_close(CloseReason::ServiceGaveUp);
         self.tell(Err(&problem));
         drop(self.end(CloseReason::ServiceGaveUp));
-    }
-}
-
-fn verdict(answer: Option<Answer>) -> Result<Capabilities, Problem> {
-    match answer {
-        Some(Answer::Accepted(capabilities)) => Ok(capabilities),
-        Some(Answer::Rejected(reason)) => {
-            let said = if reason.is_empty() {
-                "the device gave no reason".to_owned()
-            } else {
-                format!("the device said: {reason}")
-            };
-            let mut problem = Problem::new(CloseReason::DeviceRejected.into(), said);
-            problem.device_reason = Some(reason);
-            Err(problem)
-        }
-        None => Err(Problem::from_close(CloseReason::InvitationFailed)),
     }
 }
 

@@ -9,10 +9,10 @@ use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_platform::{
     clock,
     http::handler,
-    internal::InternalSettings,
+    internal::{Calls, InternalSettings, NoCalls},
     listener::Listener,
-    owners::{NoOwners, Owners, RemoteOwners},
-    rendezvous::{RedisSettings, ServerRole},
+    owners::RemoteOwners,
+    rendezvous::{RedisSettings, ServerRole, Timing},
     telemetry::LogSettings,
 };
 use tokio::runtime::Handle;
@@ -62,9 +62,9 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         incarnation: Incarnation::from_random(clock::random()),
         address: port.as_ref().map(|port| port.address.clone()).unwrap_or_default(),
     };
-    let owners: Arc<dyn Owners> = match &port {
-        Some(port) => Arc::new(RemoteOwners::new(Arc::new(port.calls.clone()))),
-        None => Arc::new(NoOwners),
+    let calls: Arc<dyn Calls> = match &port {
+        Some(port) => Arc::new(port.calls.clone()),
+        None => Arc::new(NoCalls),
     };
     let control = Control::start(ControlParts {
         credentials: server_settings.secrets.credentials(credentials, &process.lifecycle).await?,
@@ -76,7 +76,9 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
         rendezvous: process.rendezvous(&redis)?,
-        owners,
+        timing: Timing::default(),
+        owners: Arc::new(RemoteOwners::new(Arc::clone(&calls))),
+        calls,
         activity: process.activity.clone(),
     });
     let api = Arc::clone(&control);
@@ -86,6 +88,6 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         tls,
         handler(move |request| Arc::clone(&api).handle(request)),
     );
-    server::run(lifecycle, drain, control.drain()).await;
+    server::run(lifecycle, drain, control.drain(drain.drain_grace)).await;
     Ok(())
 }

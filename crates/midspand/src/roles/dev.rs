@@ -11,7 +11,12 @@ use midspan_core::{
 };
 use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
 use midspan_platform::{
-    clock, http::handler, listener::Listener, owners::Owners, rendezvous::MemoryRendezvous,
+    clock,
+    http::handler,
+    internal::NoCalls,
+    listener::Listener,
+    owners::Owners,
+    rendezvous::{MemoryRendezvous, Timing},
     telemetry::LogSettings,
 };
 
@@ -76,7 +81,8 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         address: String::new(),
     };
     let replica = Owner { name: control.control_name.clone(), ..owner.clone() };
-    let rendezvous = Arc::new(MemoryRendezvous::default());
+    let timing = Timing::default();
+    let rendezvous = Arc::new(MemoryRendezvous::alone(timing));
     let threads = DataThreads::start(edge_settings.data_threads).context("the data threads do not start")?;
     let edge = Edge::start(EdgeParts {
         settings: edge_settings,
@@ -99,7 +105,9 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         lifecycle: process.lifecycle.clone(),
         metrics: process.metrics.clone(),
         rendezvous,
+        timing,
         owners: Arc::clone(&edge) as Arc<dyn Owners>,
+        calls: Arc::new(NoCalls),
         activity: process.activity.clone(),
     });
 
@@ -120,7 +128,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
     development.say_what_next(address);
     let drain = DrainSettings { drain_delay: arguments.drain_delay, drain_grace: arguments.drain_grace };
     let roles_drain = async {
-        tokio::join!(control.drain(), edge.drain(drain.drain_grace));
+        tokio::join!(control.drain(drain.drain_grace), edge.drain(drain.drain_grace));
     };
     server::run(lifecycle, drain, roles_drain).await;
     Ok(())

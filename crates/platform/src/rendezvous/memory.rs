@@ -53,6 +53,13 @@ impl MemoryRendezvous {
         Self { timing, records: Mutex::default() }
     }
 
+    /// The store of a process that is alone: nobody can have been there before it, so nobody is waited for.
+    pub fn alone(timing: Timing) -> Self {
+        let store = Self::new(timing);
+        store.records().settling = Settling::over(clock::now());
+        store
+    }
+
     fn records(&self) -> MutexGuard<'_, Records> {
         self.records.lock().unwrap_or_else(PoisonError::into_inner)
     }

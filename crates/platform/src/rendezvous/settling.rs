@@ -10,6 +10,11 @@ pub(super) struct Settling {
 }
 
 impl Settling {
+    /// As if everybody had renewed at `now`, and for some time before.
+    pub(super) fn over(now: Instant) -> Self {
+        Self { renewed: Some(now), until: None }
+    }
+
     /// Some process has renewed its lease.
     pub(super) fn renewed(&mut self, timing: &Timing, now: Instant) {
         if !self.is_continuous(timing, now) {

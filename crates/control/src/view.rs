@@ -1,0 +1,121 @@
+//! Who is there, as it was a moment ago: looked up in the background, so that nobody waits for it.
+
+use std::time::{Duration, Instant};
+
+use midspan_core::{id::StreamId, placement, ticket::Owner};
+use midspan_platform::rendezvous::{Leases, ServerRole};
+
+/// The leases of all processes of the relay.
+#[derive(Debug)]
+pub(crate) struct View {
+    pub(crate) edges: Leases,
+    pub(crate) replicas: Leases,
+    pub(crate) seen: Instant,
+}
+
+/// Whether a process is there.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Presence {
+    Alive,
+    Gone,
+    /// Its lease is missing, but that means nothing now.
+    Unknown,
+}
+
+/// A view that is older than this proves nobody's absence.
+const MAX_AGE: Duration = Duration::from_secs(3);
+
+impl View {
+    /// Nobody has been looked for yet.
+    pub(crate) fn empty(now: Instant) -> Self {
+        let nobody = || Leases { alive: Vec::new(), settled: false };
+        Self { edges: nobody(), replicas: nobody(), seen: now }
+    }
+
+    /// Whether the process `owner` is there.
+    pub(crate) fn presence(&self, role: ServerRole, owner: &Owner, now: Instant) -> Presence {
+        let leases = match role {
+            ServerRole::Edge => &self.edges,
+            ServerRole::Control => &self.replicas,
+        };
+        if leases.alive.iter().any(|lease| lease.owner.incarnation == owner.incarnation) {
+            Presence::Alive
+        } else if self.is_settled(now) {
+            Presence::Gone
+        } else {
+            Presence::Unknown
+        }
+    }
+
+    /// Whether what is missing here is gone.
+    pub(crate) fn is_settled(&self, now: Instant) -> bool {
+        self.edges.settled && self.replicas.settled && now.saturating_duration_since(self.seen) <= MAX_AGE
+    }
+
+    /// The edge that is to own a new stream. `None` when none can take it.
+    pub(crate) fn owner_of(&self, stream: StreamId) -> Option<Owner> {
+        let edges: Vec<_> = self.edges.alive.iter().filter(|lease| lease.accepts).collect();
+        let names: Vec<_> = edges.iter().map(|lease| lease.owner.name.as_str()).collect();
+        placement::owner_of(stream, &names).map(|index| edges[index].owner.clone())
+    }
+
+    /// How many links each other replica has that can take more.
+    pub(crate) fn loads_beside(&self, replica: &Owner) -> Vec<u64> {
+        let others = self.replicas.alive.iter();
+        let others = others.filter(|lease| lease.accepts && lease.owner.incarnation != replica.incarnation);
+        others.map(|lease| lease.load).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use midspan_core::id::Incarnation;
+    use midspan_platform::{clock, rendezvous::Lease};
+
+    use super::*;
+
+    #[test]
+    fn a_missing_lease_means_something_only_in_a_settled_and_fresh_view() {
+        let (now, role) = (clock::now(), ServerRole::Control);
+        let view = |settled| View {
+            edges: Leases { alive: Vec::new(), settled: true },
+            replicas: Leases { alive: vec![lease(1, true, 10)], settled },
+            seen: now,
+        };
+        let presence = |settled, owner, after| {
+            view(settled).presence(role, &self::owner(owner), now + Duration::from_secs(after))
+        };
+        assert_eq!(presence(true, 1, 0), Presence::Alive);
+        assert_eq!(presence(true, 2, 0), Presence::Gone);
+        assert_eq!(presence(false, 2, 0), Presence::Unknown);
+        assert_eq!(presence(true, 2, 60), Presence::Unknown);
+        assert_eq!(presence(false, 1, 60), Presence::Alive);
+    }
+
+    #[test]
+    fn streams_and_links_go_where_there_is_room() {
+        let (full, open, own) = (lease(1, false, 10), lease(2, true, 20), lease(3, true, 30));
+        let leases = |alive: &[&Lease]| Leases {
+            alive: alive.iter().map(|lease| (*lease).clone()).collect(),
+            settled: true,
+        };
+        let view = |edges: &[&Lease], replicas: &[&Lease]| View {
+            edges: leases(edges),
+            replicas: leases(replicas),
+            seen: clock::now(),
+        };
+        let stream = StreamId::from_random(1);
+        assert_eq!(view(&[&full, &open], &[]).owner_of(stream), Some(open.owner.clone()));
+        assert_eq!(view(&[&full], &[]).owner_of(stream), None);
+        assert_eq!(view(&[], &[&full, &open, &own]).loads_beside(&own.owner), [20]);
+    }
+
+    fn lease(number: u128, accepts: bool, load: u64) -> Lease {
+        Lease { role: ServerRole::Control, owner: owner(number), accepts, load }
+    }
+
+    fn owner(number: u128) -> Owner {
+        let incarnation = Incarnation::from_random(number);
+        Owner { name: format!("process-{number}"), incarnation, address: String::new() }
+    }
+}
