@@ -106,6 +106,7 @@ impl Device {
             newest: 0,
             backoff: Backoff::default(),
             next_link: Some(Instant::now()),
+            told_to_move: false,
         };
         loop {
             tokio::select! {
@@ -146,6 +147,8 @@ struct Run<H> {
     newest: u64,
     backoff: Backoff,
     next_link: Option<Instant>,
+    /// Whether the next link is to take the place of one that still stands.
+    told_to_move: bool,
 }
 
 /// The answer to a request, once there is one.
@@ -159,6 +162,7 @@ struct Known {
 impl<H: Handler> Run<H> {
     fn open_link(&mut self) {
         self.next_link = None;
+        self.told_to_move = false;
         self.newest += 1;
         debug!(link = self.newest, "opening a link");
         let link = Link {
@@ -187,6 +191,19 @@ impl<H: Handler> Run<H> {
                 } else {
                     debug!(link = generation, "renewed the link");
                 }
+            }
+            LinkEvent::ToldToMove { generation, goodbye } => {
+                if generation != self.newest {
+                    return;
+                }
+                let wait = after_goodbye(&goodbye, self.relay.clock.fraction());
+                info!(
+                    "the relay asks for a new link: {}; opening it in {:.1} s",
+                    goodbye.message,
+                    wait.as_secs_f64()
+                );
+                self.told_to_move = true;
+                self.next_link = Some(Instant::now() + wait);
             }
             LinkEvent::Invited { invitation, answers } => self.invited(invitation, answers),
         }
@@ -237,6 +254,10 @@ impl<H: Handler> Run<H> {
     fn link_ended(&mut self, generation: u64, end: &LinkEnd) {
         if generation < self.newest {
             debug!(link = generation, "the older link is over");
+            return;
+        }
+        if self.told_to_move {
+            debug!(link = generation, "the link is over before there is a new one");
             return;
         }
         let wait = match end {

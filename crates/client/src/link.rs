@@ -6,7 +6,7 @@ use bytes::Bytes;
 use futures_util::{SinkExt as _, StreamExt as _};
 use midspan_core::{
     id::DeviceAddress,
-    link::{FromDevice, Goodbye, Invitation, MESSAGE_MAX, SUBPROTOCOL, ToDevice},
+    link::{FromDevice, Goodbye, GoodbyeReason, Invitation, MESSAGE_MAX, SUBPROTOCOL, ToDevice},
     time::UnixTime,
 };
 use tokio::{
@@ -39,6 +39,13 @@ pub(crate) enum LinkEvent {
         life: Duration,
         /// The relay's clock.
         now: UnixTime,
+    },
+    /// The relay wants the device to open another link. This one lasts until then, if the relay can keep it.
+    ToldToMove {
+        /// Which link.
+        generation: u64,
+        /// When.
+        goodbye: Goodbye,
     },
     /// A service asks for a stream.
     Invited {
@@ -116,6 +123,10 @@ impl Link {
         let mut pings = interval_at(Instant::now() + ping, ping);
         pings.set_missed_tick_behavior(MissedTickBehavior::Delay);
         let mut heard = Instant::now();
+        let mut told_to_move = None;
+        let over = |told_to_move: Option<Goodbye>, reason: String| {
+            told_to_move.map_or(LinkEnd::Lost(reason), LinkEnd::Goodbye)
+        };
         loop {
             let sending = tokio::select! {
                 message = socket.next() => {
@@ -128,6 +139,16 @@ impl Link {
                                     return LinkEnd::Stopped;
                                 }
                             }
+                            Ok(ToDevice::Goodbye(goodbye)) if goodbye.reason == GoodbyeReason::Draining => {
+                                let event = LinkEvent::ToldToMove {
+                                    generation: self.generation,
+                                    goodbye: goodbye.clone(),
+                                };
+                                if self.events.send(event).await.is_err() {
+                                    return LinkEnd::Stopped;
+                                }
+                                told_to_move = Some(goodbye);
+                            }
                             Ok(ToDevice::Goodbye(goodbye)) => {
                                 finish(&mut socket).await;
                                 return LinkEnd::Goodbye(goodbye);
@@ -137,11 +158,11 @@ impl Link {
                         },
                         Some(Ok(Message::Close(frame))) => {
                             let _ = timeout(CLOSE_WAIT, socket.flush()).await;
-                            return LinkEnd::Lost(close_words(frame));
+                            return over(told_to_move, close_words(frame));
                         }
                         Some(Ok(_)) => {}
-                        Some(Err(error)) => return LinkEnd::Lost(lost(error)),
-                        None => return LinkEnd::Lost(StreamError::no_close_frame().to_string()),
+                        Some(Err(error)) => return over(told_to_move, lost(error)),
+                        None => return over(told_to_move, StreamError::no_close_frame().to_string()),
                     }
                     continue;
                 }

@@ -119,6 +119,29 @@ async fn a_device_stays_away_as_it_is_told() {
 }
 
 #[tokio::test]
+async fn a_device_that_is_told_to_move_keeps_its_link_until_it_has_another() {
+    let relay = Relay::start().await;
+    let stop = CancellationToken::new();
+    let device = relay.device(DeviceSettings::default()).run(Echo, stop.clone());
+    let story = async {
+        let mut old = relay.link(3600).await;
+        old.tell(&link_message("goodbye_draining")).await;
+        old.tell(&relay.invitation("telnet", 1)).await;
+        assert_eq!(old.hear().await["type"], "reject");
+        // A place where it cannot go does not cost it the link that it has.
+        relay.refuse(503, "unavailable").await;
+        old.tell(&relay.invitation("telnet", 2)).await;
+        assert_eq!(old.hear().await["type"], "reject");
+        let mut new = relay.link(3600).await;
+        old.socket.close(None).await.unwrap();
+        new.tell(&relay.invitation("telnet", 3)).await;
+        assert_eq!(new.hear().await["type"], "reject");
+        stop.cancel();
+    };
+    within(15, async { tokio::join!(device, story) }).await;
+}
+
+#[tokio::test]
 async fn a_device_survives_a_relay_that_is_not_there_yet() {
     let relay = Relay::start().await;
     let stop = CancellationToken::new();
