@@ -20,6 +20,7 @@ mod lifecycle;
 mod limits;
 mod python;
 mod rendezvous;
+mod replicas;
 mod soak;
 mod splice;
 mod ssh;

@@ -154,24 +154,24 @@ impl Control {
         if !self.view().loads_beside(&self.replica).is_empty() {
             let spread = Instant::now() + balance::spread(self.links.count(), grace);
             let moved = async {
-                while self.links.count() > 0 {
+                while self.metrics.device_links.get() > 0 {
                     let left = spread.saturating_duration_since(Instant::now());
                     self.links.let_go(balance::to_tell(self.links.staying(), left, TELL));
                     tokio::time::sleep(TELL).await;
                 }
             };
             if timeout_at(end, moved).await.is_err() {
-                info!(links = self.links.count(), "links left at the end of the grace time");
+                info!(links = self.metrics.device_links.get(), "links left at the end of the grace time");
             }
         }
         self.links.dismiss_all(GoodbyeReason::Draining);
         let gone = async {
-            while self.links.count() > 0 || self.metrics.waiting_initiations.get() > 0 {
+            while self.metrics.device_links.get() > 0 || self.metrics.waiting_initiations.get() > 0 {
                 tokio::time::sleep(Duration::from_millis(20)).await;
             }
         };
         if timeout(FAREWELL, gone).await.is_err() {
-            info!(links = self.links.count(), "links left after the goodbye");
+            info!(links = self.metrics.device_links.get(), "links left after the goodbye");
         }
     }
 
@@ -180,17 +180,11 @@ impl Control {
         Arc::clone(&self.view.borrow())
     }
 
-    /// The same, looked up now if it does not prove anybody's absence.
-    pub(crate) async fn settled_view(&self) -> Result<Arc<View>, Problem> {
-        let view = self.view();
-        if view.is_settled(clock::now()) { Ok(view) } else { self.look().await }
-    }
-
-    /// Looks who is there.
+    /// Looks who is there now: before anybody is said to be absent.
     pub(crate) async fn look(&self) -> Result<Arc<View>, Problem> {
         let leases = |role| in_time(self.rendezvous.leases(role));
         let (edges, replicas) = tokio::join!(leases(ServerRole::Edge), leases(ServerRole::Control));
-        let view = Arc::new(View { edges: edges?, replicas: replicas?, seen: clock::now() });
+        let view = Arc::new(View::new(edges?, replicas?, clock::now(), &self.view()));
         self.view.send_replace(Arc::clone(&view));
         Ok(view)
     }

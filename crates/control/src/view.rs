@@ -1,6 +1,9 @@
 //! Who is there, as it was a moment ago: looked up in the background, so that nobody waits for it.
 
-use std::time::{Duration, Instant};
+use std::{
+    collections::HashSet,
+    time::{Duration, Instant},
+};
 
 use midspan_core::{id::StreamId, placement, ticket::Owner};
 use midspan_platform::rendezvous::{Leases, ServerRole};
@@ -30,6 +33,18 @@ impl View {
     pub(crate) fn empty(now: Instant) -> Self {
         let nobody = || Leases { alive: Vec::new(), settled: false };
         Self { edges: nobody(), replicas: nobody(), seen: now }
+    }
+
+    /// What was looked up after the view `before`.
+    ///
+    /// Who is missing while that means nothing is taken to be as before: a store that has forgotten is no reason to place no
+    /// stream until all have come round.
+    pub(crate) fn new(edges: Leases, replicas: Leases, seen: Instant, before: &Self) -> Self {
+        Self {
+            edges: with_missing(edges, &before.edges),
+            replicas: with_missing(replicas, &before.replicas),
+            seen,
+        }
     }
 
     /// Whether the process `owner` is there.
@@ -67,6 +82,15 @@ impl View {
     }
 }
 
+fn with_missing(mut leases: Leases, before: &Leases) -> Leases {
+    if !leases.settled {
+        let known: HashSet<_> = leases.alive.iter().map(|lease| lease.owner.incarnation).collect();
+        let missing = before.alive.iter().filter(|lease| !known.contains(&lease.owner.incarnation));
+        leases.alive.extend(missing.cloned());
+    }
+    leases
+}
+
 #[cfg(test)]
 mod tests {
     use midspan_core::id::Incarnation;
@@ -90,6 +114,18 @@ mod tests {
         assert_eq!(presence(false, 2, 0), Presence::Unknown);
         assert_eq!(presence(true, 2, 60), Presence::Unknown);
         assert_eq!(presence(false, 1, 60), Presence::Alive);
+    }
+
+    #[test]
+    fn who_is_missing_before_all_have_come_round_is_kept() {
+        let leases = |numbers: &[u128], settled| Leases {
+            alive: numbers.iter().map(|&number| lease(number, true, 0)).collect(),
+            settled,
+        };
+        let now = clock::now();
+        let before = View::new(leases(&[1, 2], true), leases(&[3], true), now, &View::empty(now));
+        let after = View::new(leases(&[2], false), leases(&[], true), now, &before);
+        assert_eq!((after.edges.alive.len(), after.replicas.alive.len()), (2, 0));
     }
 
     #[test]

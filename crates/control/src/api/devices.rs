@@ -38,7 +38,7 @@ impl Control {
         }
         let more = links.len() > page.limit;
         let statuses = links.into_iter().take(page.limit);
-        let view = self.settled_view().await?;
+        let view = self.look().await?;
         let statuses = statuses.map(|(address, link)| self.status(&view, &credentials, address, link));
         let items = statuses.collect::<Result<Vec<_>, _>>()?;
         let next = items.last().filter(|_| more).map(|last| last.address.to_string());
@@ -60,7 +60,7 @@ impl Control {
             return Err(Problem::new(ProblemKind::DeviceUnknown, detail));
         }
         let link = in_time(self.rendezvous.link(address)).await?;
-        let view = self.settled_view().await?;
+        let view = self.look().await?;
         Ok(json(StatusCode::OK, &self.status(&view, &credentials, address.clone(), link)?))
     }
 

@@ -190,7 +190,7 @@ impl Attempt {
 
     /// What the service hears when the device was not found in time.
     async fn not_found(&self, search: &Search) -> Result<Problem, Problem> {
-        let (view, now) = (self.control.settled_view().await?, clock::now());
+        let (view, now) = (self.control.look().await?, clock::now());
         Ok(match &search.lost {
             Some((replica, _)) if view.presence(ServerRole::Control, replica, now) != Presence::Gone => {
                 Problem::from_close(CloseReason::InvitationFailed)
