@@ -16,5 +16,4 @@ mod settings;
 mod view;
 
 pub use control::{Control, ControlParts};
-pub use replicas::CalledOwners;
 pub use settings::ControlSettings;

@@ -2,14 +2,11 @@
 
 use std::{sync::Arc, time::Duration};
 
-use async_trait::async_trait;
 use midspan_core::{
     api::HANDSHAKE_MAX,
-    close::CloseReason,
-    id::{DeviceAddress, StreamId},
+    id::DeviceAddress,
     internal::{
-        self, Answer, Ask, DEVICE_ONLINE, DeviceOnline, END_STREAM, EndStream, INVITATIONS, LINK_REPLACED,
-        LinkReplaced, Outcome,
+        self, Answer, Ask, DEVICE_ONLINE, DeviceOnline, INVITATIONS, LINK_REPLACED, LinkReplaced, Outcome,
     },
     json,
     link::Invitation,
@@ -17,11 +14,10 @@ use midspan_core::{
     ticket::Owner,
 };
 use midspan_platform::{
-    internal::{CallError, Calls},
-    owners::{OwnerUnreachable, Owners},
+    internal::{CallError, question as parse},
     rendezvous::{LinkUp, ServerRole},
 };
-use serde::{Serialize, de::DeserializeOwned};
+use serde::Serialize;
 use tokio::time::sleep;
 use tracing::{Span, debug, warn};
 
@@ -35,9 +31,6 @@ const CALL_SLACK: Duration = Duration::from_secs(1);
 
 /// How long news of a link may take.
 const NEWS_LIMIT: Duration = Duration::from_secs(2);
-
-/// How long an edge may take to tell both legs of a stream that it has ended.
-const END_LIMIT: Duration = Duration::from_secs(5);
 
 impl Control {
     /// Answers a call of another replica, which has shown that it is one.
@@ -138,38 +131,6 @@ impl Control {
             });
         }
     }
-}
-
-/// The edges, as the owners of streams, for a control plane that shares its process with none.
-pub struct CalledOwners(pub Arc<dyn Calls>);
-
-#[async_trait]
-impl Owners for CalledOwners {
-    async fn end(
-        &self,
-        owner: &Owner,
-        stream: StreamId,
-        reason: CloseReason,
-    ) -> Result<(), OwnerUnreachable> {
-        let end = written(&EndStream { v: internal::VERSION, stream, reason });
-        match self.0.call(ServerRole::Edge, owner, END_STREAM, end, END_LIMIT).await {
-            Ok(_) => Ok(()),
-            Err(error) => {
-                debug!(%error, edge = owner.name, "the owner of a stream could not be told to end it");
-                Err(OwnerUnreachable)
-            }
-        }
-    }
-}
-
-impl std::fmt::Debug for CalledOwners {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("CalledOwners").finish_non_exhaustive()
-    }
-}
-
-fn parse<T: DeserializeOwned>(question: &[u8]) -> Result<T, Problem> {
-    json::parse(question).map_err(|error| Problem::new(ProblemKind::BadRequest, error.to_string()))
 }
 
 fn written(message: &impl Serialize) -> Vec<u8> {

@@ -6,6 +6,7 @@ use http::{HeaderMap, HeaderValue, Method, header};
 use midspan_core::{
     close::CloseReason,
     id::{Role, StreamId},
+    internal::{END_STREAM, EndStream},
     path::LegPath,
     problem::{Problem, ProblemKind},
     session::AttachError,
@@ -18,7 +19,6 @@ use midspan_platform::{
         problem, websocket, websocket_key,
     },
     internal::{answer_call, question},
-    owners::{END_PATH, EndStream},
 };
 use tokio::runtime::Handle;
 use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
@@ -76,8 +76,8 @@ impl Edge {
 
     async fn answer(&self, path: &str, text: &[u8]) -> Result<Vec<u8>, Problem> {
         match path {
-            END_PATH => {
-                let EndStream { stream, reason } = question(text)?;
+            END_STREAM => {
+                let EndStream { stream, reason, .. } = question(text)?;
                 self.end_stream(stream, reason).await;
                 Ok(b"{}".to_vec())
             }

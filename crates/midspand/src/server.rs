@@ -159,6 +159,11 @@ impl Process {
             return Ok(None);
         };
         let listener = Listener::bind_on("internal", address, runtimes)?.trusted();
+        let listener = match role {
+            // Calls may be held open for long, and share one connection.
+            ServerRole::Control => listener.http2(),
+            ServerRole::Edge => listener,
+        };
         let address = internal.address(listener.address())?;
         Ok(Some(InternalPort { calls, address, listener, tls }))
     }

@@ -3,9 +3,14 @@
 use std::{fmt, sync::Arc, time::Duration};
 
 use async_trait::async_trait;
-use midspan_core::{close::CloseReason, id::StreamId, ticket::Owner};
-use serde::{Deserialize, Serialize};
+use midspan_core::{
+    close::CloseReason,
+    id::StreamId,
+    internal::{self, END_STREAM, EndStream},
+    ticket::Owner,
+};
 use thiserror::Error;
+use tracing::debug;
 
 use crate::{
     internal::{CallError, Calls},
@@ -36,18 +41,6 @@ impl Owners for NoOwners {
     }
 }
 
-/// Where an edge takes [`EndStream`].
-pub const END_PATH: &str = "/internal/v1/streams/end";
-
-/// The question of a call that ends a stream at its owner. It is answered with `{}` once the legs have been told.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EndStream {
-    /// The stream.
-    pub stream: StreamId,
-    /// Why it ends.
-    pub reason: CloseReason,
-}
-
 /// How long an owner may take to tell the legs of a stream.
 const END_LIMIT: Duration = Duration::from_secs(10);
 
@@ -70,11 +63,13 @@ impl Owners for RemoteOwners {
         stream: StreamId,
         reason: CloseReason,
     ) -> Result<(), OwnerUnreachable> {
-        let question = serde_json::to_vec(&EndStream { stream, reason }).map_err(|_| OwnerUnreachable)?;
-        match self.0.call(ServerRole::Edge, owner, END_PATH, question, END_LIMIT).await {
+        let end = EndStream { v: internal::VERSION, stream, reason };
+        let question = serde_json::to_vec(&end).map_err(|_| OwnerUnreachable)?;
+        match self.0.call(ServerRole::Edge, owner, END_STREAM, question, END_LIMIT).await {
             // An owner that has ended has taken its streams with it.
             Ok(_) | Err(CallError::Gone) => Ok(()),
-            Err(CallError::Unreachable(_) | CallError::Refused(_) | CallError::TimedOut) => {
+            Err(error) => {
+                debug!(%error, edge = owner.name, "the owner of a stream could not be told to end it");
                 Err(OwnerUnreachable)
             }
         }

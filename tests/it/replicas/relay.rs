@@ -17,7 +17,7 @@ use futures_util::{SinkExt as _, StreamExt as _};
 use http::{Method, Request};
 use http_body_util::{BodyExt as _, Full};
 use hyper_util::rt::TokioIo;
-use midspan_control::{CalledOwners, Control, ControlParts, ControlSettings};
+use midspan_control::{Control, ControlParts, ControlSettings};
 use midspan_core::{
     connection_string::{ConnectionString, Identity},
     credential::Credentials,
@@ -37,9 +37,10 @@ use midspan_platform::{
     lifecycle::Lifecycle,
     listener::{Connection, serve_http},
     metrics::Metrics,
+    owners::RemoteOwners,
     rendezvous::{
         CreateError, Lease, Leases, LinkRecord, LinkUp, MemoryRendezvous, Rendezvous, Renewal, ServerRole,
-        StoreError, StreamLimits, Timing,
+        StoreError, StoreFailure, StreamLimits, Timing,
     },
     secrets::Secrets,
     watched::Watched,
@@ -122,7 +123,7 @@ impl Relay {
             metrics: metrics.clone(),
             rendezvous: Arc::clone(&self.store) as _,
             timing: Timing::default(),
-            owners: Arc::new(CalledOwners(Arc::clone(&calls))),
+            owners: Arc::new(RemoteOwners::new(Arc::clone(&calls))),
             calls,
             activity,
         });
@@ -448,7 +449,7 @@ impl Store {
 
     fn background(&self) -> Result<Arc<MemoryRendezvous>, StoreError> {
         if self.away.load(Ordering::Relaxed) {
-            return Err(StoreError("away".to_owned()));
+            return Err(StoreError::new(StoreFailure::Unreachable, "away"));
         }
         Ok(self.memory())
     }
@@ -491,7 +492,7 @@ impl Rendezvous for Store {
     async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
         let memory = self.background()?;
         if self.silenced.lock().unwrap().contains(&lease.owner) {
-            return Err(StoreError("silenced".to_owned()));
+            return Err(StoreError::new(StoreFailure::Unreachable, "silenced"));
         }
         if !self.seen.lock().unwrap().contains(&lease.owner) {
             self.seen.lock().unwrap().push(lease.owner.clone());

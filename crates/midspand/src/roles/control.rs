@@ -9,7 +9,7 @@ use midspan_core::{id::Incarnation, ticket::Owner};
 use midspan_platform::{
     clock,
     http::handler,
-    internal::{Calls, InternalSettings, NoCalls},
+    internal::{Calls, InternalSettings, NoCalls, answer_call},
     listener::Listener,
     owners::RemoteOwners,
     rendezvous::{RedisSettings, ServerRole, Timing},
@@ -57,9 +57,10 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
     let here = [Handle::current()];
     let port = process.internal(&server_settings, &internal, ServerRole::Control, &here).await?;
     let tls = server_settings.tls(&hosts, &process.lifecycle).await?;
+    let incarnation = Incarnation::from_random(clock::random());
     let replica = Owner {
         name: settings.control_name.clone(),
-        incarnation: Incarnation::from_random(clock::random()),
+        incarnation,
         address: port.as_ref().map(|port| port.address.clone()).unwrap_or_default(),
     };
     let calls: Arc<dyn Calls> = match &port {
@@ -81,6 +82,16 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         calls,
         activity: process.activity.clone(),
     });
+    if let Some(port) = port {
+        let others = Arc::clone(&control);
+        let answers = handler(move |request| {
+            let control = Arc::clone(&others);
+            answer_call(request, incarnation, |path, question| {
+                Box::pin(async move { control.internal(&path, &question).await })
+            })
+        });
+        process.serve_internal(&server_settings, port, answers);
+    }
     let api = Arc::clone(&control);
     let lifecycle = process.serve(
         &server_settings,

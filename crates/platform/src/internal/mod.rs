@@ -12,13 +12,14 @@ mod tests;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use bytes::Bytes;
 use clap::Args;
 use futures_util::future::BoxFuture;
 use http::{Method, StatusCode};
 use midspan_core::{
     id::Incarnation,
+    json,
     problem::{Problem, ProblemKind},
 };
 use rustls::ServerConfig;
@@ -145,7 +146,5 @@ pub async fn answer_call(
 
 /// Reads the question of a call.
 pub fn question<T: serde::de::DeserializeOwned>(text: &[u8]) -> Result<T, Problem> {
-    serde_json::from_slice(text)
-        .with_context(|| "not a question of this call")
-        .map_err(|error| Problem::new(ProblemKind::BadRequest, format!("{error:#}")))
+    json::parse(text).map_err(|error| Problem::new(ProblemKind::BadRequest, error.to_string()))
 }
