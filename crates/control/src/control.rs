@@ -151,7 +151,8 @@ impl Control {
     /// until they have, for up to `grace`.
     pub async fn drain(&self, grace: Duration) {
         let end = Instant::now() + grace;
-        if !self.view().loads_beside(&self.replica).is_empty() {
+        let view = self.look().await.unwrap_or_else(|_| self.view());
+        if !view.loads_beside(&self.replica).is_empty() {
             let spread = Instant::now() + balance::spread(self.links.count(), grace);
             let moved = async {
                 while self.metrics.device_links.get() > 0 {

@@ -30,17 +30,6 @@ pub trait Owners: Send + Sync {
     -> Result<(), OwnerUnreachable>;
 }
 
-/// For a control plane that shares its process with no edge.
-#[derive(Debug, Clone, Copy, Default)]
-pub struct NoOwners;
-
-#[async_trait]
-impl Owners for NoOwners {
-    async fn end(&self, _: &Owner, _: StreamId, _: CloseReason) -> Result<(), OwnerUnreachable> {
-        Err(OwnerUnreachable)
-    }
-}
-
 /// How long an owner may take to tell the legs of a stream.
 const END_LIMIT: Duration = Duration::from_secs(10);
 

@@ -3,6 +3,7 @@
 //! All run in one process whose clock stands still while anybody has something to do, so that seconds cost nothing and times
 //! are exact.
 
+mod fleet;
 mod relay;
 
 use std::time::Duration;

@@ -17,10 +17,10 @@ use tokio::sync::{mpsc, oneshot, watch};
 use tokio_util::sync::CancellationToken;
 
 /// The links, and the requests whose answers are awaited.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub(crate) struct Links {
     inner: Arc<Mutex<Inner>>,
-    turns: [tokio::sync::Mutex<()>; 32],
+    turns: Vec<tokio::sync::Mutex<()>>,
 }
 
 #[derive(Debug, Default)]
@@ -124,6 +124,9 @@ pub(crate) struct Arrivals {
 
 /// How many requests may wait for one device to take them.
 const INVITATIONS: usize = 64;
+
+/// How many links may be announced at the same time: enough that many devices come back quickly over a slow store.
+const TURNS: usize = 256;
 
 impl Links {
     /// A device's new link. An older one is told that it was replaced.
@@ -288,6 +291,12 @@ impl Links {
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
         lock(&self.inner)
+    }
+}
+
+impl Default for Links {
+    fn default() -> Self {
+        Self { inner: Arc::default(), turns: std::iter::repeat_with(Default::default).take(TURNS).collect() }
     }
 }
 
