@@ -31,7 +31,7 @@ use crate::{
     internal::{CALLS_MAX, Tasks},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
-    tls::TlsStream,
+    tls::{TlsStream, Turns},
 };
 
 /// What strangers may cost.
@@ -216,6 +216,7 @@ impl Front {
             Ok(socket) => socket,
             Err(error) => return error!(%error, "cannot accept connections"),
         };
+        let turns = Arc::new(Turns::here());
         let mut pause = Duration::ZERO;
         loop {
             let accepted = tokio::select! {
@@ -234,14 +235,14 @@ impl Front {
             };
             pause = Duration::ZERO;
             let Some((held, place)) = self.admit() else { continue };
-            let front = Arc::clone(&self);
+            let (front, turns) = (Arc::clone(&self), Arc::clone(&turns));
             let peer = Arc::new(Peer::new(address, Some(place)));
             if front.trusted {
                 peer.authenticated();
             }
             self.lifecycle.spawn_on(&Handle::current(), async move {
                 tokio::select! {
-                    () = front.connection(stream, &peer, held) => {}
+                    () = front.connection(stream, &peer, held, turns) => {}
                     () = peer.stranger_for(front.header_limit * STRANGER_LIMITS) => {
                         front.refuse("stranger_time");
                     }
@@ -270,15 +271,14 @@ impl Front {
         debug!(listener = self.name, limit, "connection refused");
     }
 
-    async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held) {
+    async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held, turns: Arc<Turns>) {
         let transport = match &self.tls {
             None => Transport::Tcp(stream),
             Some(config) => {
                 let failed =
                     |cause: &'static str| self.metrics.tls_failures.with_label_values(&[cause]).inc();
-                match tokio::time::timeout(self.header_limit, TlsStream::accept(stream, Arc::clone(config)))
-                    .await
-                {
+                let accepted = TlsStream::accept(stream, Arc::clone(config), turns);
+                match tokio::time::timeout(self.header_limit, accepted).await {
                     Ok(Ok(stream)) => Transport::Tls(Box::new(stream)),
                     Ok(Err(error)) => {
                         failed("protocol");

@@ -20,6 +20,7 @@ use rustls::{
         danger::{ClientCertVerified, ClientCertVerifier},
     },
     sign::{CertifiedKey, SingleCertAndKey},
+    version::TLS13,
 };
 use tracing::{Span, error, info};
 
@@ -28,7 +29,7 @@ use crate::{
     clock,
     lifecycle::Lifecycle,
     rendezvous::ServerRole,
-    tls::{TlsFiles, TlsText},
+    tls::{TlsFiles, TlsText, configure_for},
 };
 
 /// The certificate of this process and the CA of all, always the newest that made sense.
@@ -91,15 +92,9 @@ impl Identity {
 
     /// The configuration of the internal listener: callers show who they are.
     pub(super) fn server_config(self: &Arc<Self>) -> anyhow::Result<Arc<ServerConfig>> {
-        let verifier = Arc::clone(self) as Arc<dyn ClientCertVerifier>;
-        let mut config = ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
-            .with_safe_default_protocol_versions()
-            .context("TLS cannot be set up")?
-            .with_client_cert_verifier(verifier)
-            .with_cert_resolver(Arc::clone(self) as Arc<dyn ResolvesServerCert>);
-        // See `crate::tls`.
-        config.enable_secret_extraction = true;
-        Ok(Arc::new(config))
+        let callers = Arc::clone(self) as Arc<dyn ClientCertVerifier>;
+        let resolver = Arc::clone(self) as Arc<dyn ResolvesServerCert>;
+        Ok(Arc::new(configure_for(&[&TLS13], callers, resolver)?))
     }
 
     /// How this process calls others.

@@ -7,7 +7,12 @@ use rustls::{
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus},
 };
-use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
+use tokio::{
+    io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _},
+    runtime::Handle,
+    sync::{Semaphore, SemaphorePermit},
+    task::yield_now,
+};
 
 use super::{
     secrets::Secrets,
@@ -21,17 +26,43 @@ const HELLO_SESSION_ID: usize = HEADER + 1 + 3 + 2 + 32;
 /// What is read at once, in bytes: a `ClientHello` with a share for a post-quantum key exchange has less.
 const READ: usize = 2048;
 
+/// Whose turn it is to do the costly step of a handshake, on the threads of one runtime.
+///
+/// A handshake keeps a processor busy for 100 microseconds and more. Between two of them everything else that is ready on
+/// the thread gets its turn, so that many strangers at once do not hold up the streams there.
+#[derive(Debug)]
+pub struct Turns(Semaphore);
+
+impl Turns {
+    /// For the runtime of the caller.
+    pub fn here() -> Self {
+        Self::new(Handle::current().metrics().num_workers())
+    }
+
+    pub(super) fn new(threads: usize) -> Self {
+        Self(Semaphore::new(threads))
+    }
+
+    /// Waits for a turn.
+    async fn take(&self) -> Option<SemaphorePermit<'_>> {
+        // It is never closed.
+        self.0.acquire().await.ok()
+    }
+}
+
 /// Does the handshake on `socket`, and gives the session, what has come after the handshake, and what is still to be sent.
 ///
 /// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must be made by `configure`.
 pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
     socket: &mut S,
     config: Arc<ServerConfig>,
+    turns: &Turns,
 ) -> io::Result<(Session, Vec<u8>, Vec<u8>)> {
     let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
     // The library sees one record after the other, so that it opens none that comes after the handshake.
     let mut seen = receive(socket, &mut incoming, 0).await?;
     let config = for_client(config, &incoming[..seen]);
+    let mut turn = turns.take().await;
     let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
     let mut secrets = None;
     loop {
@@ -43,6 +74,11 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
             Step::Process => {}
             Step::Read => {
                 send(socket, &mut outgoing).await?;
+                // What is left to do is little.
+                if let Some(turn) = turn.take() {
+                    yield_now().await;
+                    drop(turn);
+                }
                 seen = receive(socket, &mut incoming, seen).await?;
             }
             Step::Done => {

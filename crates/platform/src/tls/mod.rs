@@ -8,7 +8,7 @@ mod stream;
 #[cfg(test)]
 mod tests;
 
-pub use self::stream::TlsStream;
+pub use self::{handshake::Turns, stream::TlsStream};
 
 use std::{
     fmt,
@@ -25,7 +25,7 @@ use rustls::{
     client::verify_server_cert_signed_by_trust_anchor,
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime as PkiTime, pem::PemObject as _},
-    server::{ClientHello, ParsedCertificate, ResolvesServerCert},
+    server::{ClientHello, NoClientAuth, ParsedCertificate, ResolvesServerCert, danger::ClientCertVerifier},
     sign::CertifiedKey,
     version::{TLS12, TLS13},
 };
@@ -94,6 +94,17 @@ fn configure(
     versions: &[&'static SupportedProtocolVersion],
     resolver: Arc<dyn ResolvesServerCert>,
 ) -> anyhow::Result<ServerConfig> {
+    let mut config = configure_for(versions, Arc::new(NoClientAuth), resolver)?;
+    config.alpn_protocols = vec![b"http/1.1".to_vec()];
+    Ok(config)
+}
+
+/// The configuration of a listener whose clients `callers` judges.
+pub(crate) fn configure_for(
+    versions: &[&'static SupportedProtocolVersion],
+    callers: Arc<dyn ClientCertVerifier>,
+    resolver: Arc<dyn ResolvesServerCert>,
+) -> anyhow::Result<ServerConfig> {
     let mut provider = aws_lc_rs::default_provider();
     // AES-128 takes 10 rounds where AES-256 takes 14, and its key schedule has SHA-256, for which processors have
     // instructions, where the other one's has SHA-384. `handshake` says who gets ChaCha20.
@@ -108,10 +119,9 @@ fn configure(
     let mut config = ServerConfig::builder_with_provider(Arc::new(provider))
         .with_protocol_versions(versions)
         .context("TLS cannot be set up")?
-        .with_no_client_auth()
+        .with_client_cert_verifier(callers)
         .with_cert_resolver(resolver);
     config.ignore_client_order = true;
-    config.alpn_protocols = vec![b"http/1.1".to_vec()];
     // See `session`.
     config.enable_secret_extraction = true;
     config.key_log = Arc::new(HandOut);

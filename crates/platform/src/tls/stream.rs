@@ -17,7 +17,7 @@ use rustls::ServerConfig;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    handshake::{broken, handshake, truncated},
+    handshake::{Turns, broken, handshake, truncated},
     session::{COPY, Fatal, Opened, RECORD_MAX, Session, append},
 };
 
@@ -62,10 +62,10 @@ pub struct TlsStream<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Does the handshake.
     ///
-    /// Fails when the peer makes a mistake, or ends the connection. `config` must come from
+    /// Its costly step waits for one of `turns`. Fails when the peer makes a mistake, or ends the connection. `config` must come from
     /// [`server_config`](super::server_config).
-    pub async fn accept(mut socket: S, config: Arc<ServerConfig>) -> io::Result<Self> {
-        let (session, mut records, tickets) = handshake(&mut socket, config).await?;
+    pub async fn accept(mut socket: S, config: Arc<ServerConfig>, turns: Arc<Turns>) -> io::Result<Self> {
+        let (session, mut records, tickets) = handshake(&mut socket, config, &turns).await?;
         let mut stream = Self {
             socket,
             session,

@@ -22,7 +22,7 @@ use rustls::{
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    TlsStream, configure,
+    TlsStream, Turns, configure,
     handshake::for_client,
     session::{PAYLOAD_MAX, decrypter, encrypter, plain, record},
     stream::SEAL,
@@ -133,6 +133,10 @@ impl AsyncWrite for Shared {
     }
 }
 
+fn turns() -> Arc<Turns> {
+    Arc::new(Turns::new(1))
+}
+
 fn cx() -> Context<'static> {
     Context::from_waker(Waker::noop())
 }
@@ -183,7 +187,7 @@ impl Configs {
 
     fn connect_with(&self, wire: Shared) -> Pair {
         let mut client = self.client();
-        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&self.server)));
+        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&self.server), turns()));
         for _ in 0..10_000 {
             while client.wants_write() {
                 client.write_tls(&mut wire.lock().input).unwrap();
@@ -498,7 +502,7 @@ fn payload_may_come_with_the_end_of_the_handshake() {
     let (mut client, wire) = (configs.client(), Shared::default());
     // The client has this ready, and sends it at once when it may.
     client.writer().write_all(&vec![7; 40_000]).unwrap();
-    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server)));
+    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
     let server = loop {
         assert_eq!(receive(&mut client, &wire).1, None);
         while client.wants_write() {
@@ -520,7 +524,7 @@ fn the_end_of_the_handshake_may_come_in_pieces_with_payload_behind_it() {
             let configs = Configs::new(version);
             let (mut client, wire) = (configs.client(), Shared::default());
             client.writer().write_all(b"behind").unwrap();
-            let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server)));
+            let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
             client.write_tls(&mut wire.lock().input).unwrap();
             assert!(accept.as_mut().poll(&mut cx()).is_pending());
             assert_eq!(receive(&mut client, &wire).1, None);
@@ -549,7 +553,7 @@ fn payload_that_comes_with_the_handshake_survives_the_end_behind_it() {
     let configs = Configs::new(&TLS13);
     let (mut client, wire) = (configs.client(), Shared::default());
     client.writer().write_all(b"all").unwrap();
-    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server)));
+    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
     client.write_tls(&mut wire.lock().input).unwrap();
     assert!(accept.as_mut().poll(&mut cx()).is_pending());
     assert_eq!(receive(&mut client, &wire).1, None);
@@ -615,7 +619,7 @@ fn a_broken_handshake_is_answered_with_an_alert() {
     ] {
         let wire = Shared::default();
         wire.lock().input.extend_from_slice(input);
-        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Configs::new(&TLS13).server));
+        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Configs::new(&TLS13).server, turns()));
         let Poll::Ready(Err(error)) = accept.as_mut().poll(&mut cx()) else {
             panic!("{input:?} is taken");
         };
@@ -631,8 +635,10 @@ fn a_handshake_that_ends_early_fails() {
         let wire = Shared::default();
         configs.client().write_tls(&mut wire.lock().input).unwrap();
         wire.lock().ended = true;
-        let mut accept = Box::pin(TlsStream::accept(wire, configs.server));
-        let Poll::Ready(Err(error)) = accept.as_mut().poll(&mut cx()) else { panic!("no error") };
+        let mut accept = Box::pin(TlsStream::accept(wire, configs.server, turns()));
+        // Others have their turn in between.
+        let mut polls = (0..3).map(|_| accept.as_mut().poll(&mut cx()));
+        let Some(Poll::Ready(Err(error))) = polls.find(Poll::is_ready) else { panic!("no error") };
         assert_eq!(error.kind(), io::ErrorKind::UnexpectedEof);
     }
 }
@@ -933,4 +939,44 @@ fn a_reader_that_takes_little_gets_it_all() {
         arrived.extend(bytes.unwrap());
     }
     assert!(arrived == payload);
+}
+
+#[tokio::test]
+async fn between_two_handshakes_everything_else_has_its_turn() {
+    let configs = Configs::new(&TLS13);
+    let (turns, order) = (turns(), Arc::new(std::sync::Mutex::new(Vec::new())));
+    let mut tasks = tokio::task::JoinSet::new();
+    for _ in 0..5 {
+        let (mut client, wire) = (configs.client(), Shared::default());
+        client.write_tls(&mut wire.lock().input).unwrap();
+        let (config, turns, order) = (Arc::clone(&configs.server), Arc::clone(&turns), Arc::clone(&order));
+        let seen = wire.clone();
+        tasks.spawn(async move {
+            let mut accept = Box::pin(TlsStream::accept(wire, config, turns));
+            let mut answered = false;
+            std::future::poll_fn(|cx| {
+                let done = accept.as_mut().poll(cx).is_ready();
+                if !std::mem::replace(&mut answered, !seen.lock().output.is_empty()) && answered {
+                    order.lock().unwrap().push("handshake");
+                }
+                // The client says nothing more.
+                if done || answered { Poll::Ready(()) } else { Poll::Pending }
+            })
+            .await;
+            // It holds its turn until the others have had theirs.
+            tokio::task::yield_now().await;
+            drop(accept);
+        });
+    }
+    let stream = Arc::clone(&order);
+    tasks.spawn(async move {
+        for _ in 0..20 {
+            stream.lock().unwrap().push("stream");
+            tokio::task::yield_now().await;
+        }
+    });
+    while tasks.join_next().await.is_some() {}
+    let order = order.lock().unwrap();
+    assert_eq!(order.iter().filter(|&&what| what == "handshake").count(), 5);
+    assert!(order.windows(2).all(|two| two != ["handshake", "handshake"]), "{order:?}");
 }
