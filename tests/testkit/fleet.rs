@@ -1,4 +1,9 @@
-use std::{fs, net::SocketAddr, path::Path, process::ExitStatus};
+use std::{
+    fs,
+    net::SocketAddr,
+    path::{Path, PathBuf},
+    process::ExitStatus,
+};
 
 use midspan_core::{
     connection_string::{ConnectionString, Identity},
@@ -138,7 +143,7 @@ impl Fleet {
             _ => arguments.extend(["--edge-name", &name].map(str::to_owned)),
         }
         arguments.extend(more.iter().map(|&flag| flag.to_owned()));
-        let tls = trusting(&self.folder.path().join("ca.pem"));
+        let tls = trusting(&self.ca_file());
         Member::start(name, arguments, "127.0.0.1:0", tls).await
     }
 
@@ -152,6 +157,11 @@ impl Fleet {
         let address = device.parse().unwrap();
         let key = self.group_key.derive(&address);
         ConnectionString { host: HOST.to_owned(), identity: Identity::Device(address), key }
+    }
+
+    /// The CA of everything here.
+    pub fn ca_file(&self) -> PathBuf {
+        self.folder.path().join("ca.pem")
     }
 
     /// A link of `device` with one of the control replicas.
