@@ -1,4 +1,9 @@
-use std::{future::poll_fn, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::poll_fn,
+    pin::pin,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
 
 use async_trait::async_trait;
 use midspan_core::{
@@ -52,6 +57,8 @@ pub struct Edge {
     pub(crate) internal: Option<Internal>,
     pub(crate) other_owners: Option<RemoteOwners>,
     pub(crate) forwards: Arc<Forwards>,
+    /// When the store forgot streams that were here, last.
+    forgot: Mutex<Option<Instant>>,
 }
 
 /// What an edge is made of.
@@ -134,6 +141,7 @@ impl Edge {
             other_owners: parts.internal.clone().map(|internal| RemoteOwners::new(Arc::new(internal))),
             internal: parts.internal,
             forwards: Arc::default(),
+            forgot: Mutex::default(),
         });
         let span = info_span!("edge", edge = edge.owner.name);
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
@@ -262,14 +270,20 @@ impl Edge {
     async fn announce(self: Arc<Self>, facts: Arc<StreamFacts>) {
         let joined = StreamState::Joined { joined: clock::unix() };
         match timeout(STORE_LIMIT, self.rendezvous.advance_stream(facts.stream, joined)).await {
-            Ok(Ok(Some(_))) => {}
-            // The store has forgotten it meanwhile, or knows better, and then this changes nothing.
-            Ok(Ok(None)) => drop(self.restore(&[Arc::clone(&facts)]).await),
+            // The store has forgotten it during its handshake; or it knows better, and then this changes nothing.
+            Ok(Ok(None)) if self.forgot_lately() => drop(self.restore(&[Arc::clone(&facts)]).await),
+            Ok(Ok(_)) => {}
             // Once the store is back, all streams are announced again.
             Ok(Err(error)) => warn!(stream.id = %facts.stream, %error, "a stream could not be announced"),
             Err(_) => warn!(stream.id = %facts.stream, "a stream could not be announced in time"),
         }
         facts.milestones.reach(Milestone::Announced);
+    }
+
+    /// Whether the store has forgotten a handshake that may still be under way.
+    fn forgot_lately(&self) -> bool {
+        let forgot = *self.forgot.lock().unwrap_or_else(PoisonError::into_inner);
+        forgot.is_some_and(|forgot| clock::now().saturating_duration_since(forgot) < 2 * HANDSHAKE_MAX)
     }
 
     /// Announces joined streams again, to a store that may have forgotten them. Whether it knows them now.
@@ -427,7 +441,10 @@ impl Edge {
             let lease = Lease { role: ServerRole::Edge, owner: self.owner.clone(), accepts, load };
             match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
                 Ok(Ok(renewal)) => {
-                    forgotten |= renewal.forgotten;
+                    if renewal.forgotten && half_open + joined > 0 {
+                        forgotten = true;
+                        *self.forgot.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::now());
+                    }
                     if forgotten {
                         forgotten = !self.restore(&self.pairing.joined()).await;
                     }
