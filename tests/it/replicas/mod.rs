@@ -76,6 +76,17 @@ async fn a_device_that_comes_online_elsewhere_is_found_at_once() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_device_on_a_replica_that_has_just_come_is_found() {
+    let relay = Relay::start().await;
+    let a = relay.replica("a").await;
+    let c = relay.replica_at_once("c").await;
+    let mut device = c.device("dev1").await;
+    let nothing = json!({ "name": "test", "connect_timeout_seconds": 0 });
+    let (answer, _) = tokio::join!(a.open_with(&nothing), device.accept_next());
+    answer.grant();
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_device_that_comes_online_is_found_also_when_the_news_are_lost() {
     let relay = Relay::start().await;
     let (a, c) = (relay.replica("a").await, relay.replica("c").await);

@@ -98,8 +98,15 @@ impl Relay {
         Self { store, mesh: Arc::default(), edge, _tasks: tasks }
     }
 
-    /// A replica that has begun to renew its lease.
+    /// A replica that has seen the others, and that they have seen.
     pub(crate) async fn replica(&self, name: &str) -> Replica {
+        let replica = self.replica_at_once(name).await;
+        sleep(Timing::default().renewal * 2).await;
+        replica
+    }
+
+    /// A replica that has just come.
+    pub(crate) async fn replica_at_once(&self, name: &str) -> Replica {
         #[derive(Parser)]
         struct Defaults {
             #[command(flatten)]
@@ -134,10 +141,7 @@ impl Relay {
             .insert(owner.incarnation, (Arc::clone(&control), lifecycle.clone()));
         let api = Arc::clone(&control);
         let answers = handler(move |request| Arc::clone(&api).handle(request));
-        let replica = Replica { control, owner, lifecycle, metrics, answers, mesh: Arc::clone(&self.mesh) };
-        // Until it has seen the others, and they have seen it.
-        sleep(Timing::default().renewal * 2).await;
-        replica
+        Replica { control, owner, lifecycle, metrics, answers, mesh: Arc::clone(&self.mesh) }
     }
 
     /// Ends the edge as a crash would: nobody renews its lease any more, and the time of that has passed.

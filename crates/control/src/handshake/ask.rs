@@ -76,13 +76,18 @@ impl Attempt {
         };
         tokio::pin!(closing);
         loop {
-            let place = self.place(&search);
-            if matches!(place, Place::Nowhere) {
-                let until = search.lost.as_ref().map_or(deadline, |(_, until)| deadline.min(*until));
-                let left = until.saturating_duration_since(Instant::now());
-                if left.is_zero() {
-                    return Err(self.not_found(&search).await?);
+            let mut place = self.place(&search);
+            let until = search.lost.as_ref().map_or(deadline, |(_, until)| deadline.min(*until));
+            let left = until.saturating_duration_since(Instant::now());
+            if matches!(place, Place::Nowhere) && left.is_zero() {
+                // Who seems to be gone may only have come since the last look.
+                control.look().await?;
+                place = self.place(&search);
+                if matches!(place, Place::Nowhere) {
+                    return Err(self.not_found(&search));
                 }
+            }
+            if matches!(place, Place::Nowhere) {
                 if search.looked {
                     tokio::select! {
                         biased;
@@ -189,9 +194,9 @@ impl Attempt {
     }
 
     /// What the service hears when the device was not found in time.
-    async fn not_found(&self, search: &Search) -> Result<Problem, Problem> {
-        let (view, now) = (self.control.look().await?, clock::now());
-        Ok(match &search.lost {
+    fn not_found(&self, search: &Search) -> Problem {
+        let (view, now) = (self.control.view(), clock::now());
+        match &search.lost {
             Some((replica, _)) if view.presence(ServerRole::Control, replica, now) != Presence::Gone => {
                 Problem::from_close(CloseReason::InvitationFailed)
             }
@@ -203,7 +208,7 @@ impl Attempt {
                 );
                 Problem::new(CloseReason::DeviceOffline.into(), detail)
             }
-        })
+        }
     }
 }
 

@@ -152,7 +152,9 @@ impl Attempt {
     async fn record(&mut self) -> Result<(Owner, Option<LinkRecord>), Problem> {
         let control = &self.control;
         let now = clock::unix();
-        let owner = match control.view().owner_of(self.stream) {
+        // Not by a view of before the drain: an edge of this process drains as well.
+        let draining = control.lifecycle.draining().is_cancelled();
+        let owner = match control.view().owner_of(self.stream).filter(|_| !draining) {
             Some(owner) => owner,
             // An edge may have come just now.
             None => control.look().await?.owner_of(self.stream).ok_or_else(|| {
