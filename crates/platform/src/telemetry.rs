@@ -27,8 +27,11 @@ pub enum LogFormat {
 
 /// Starts logging. To be called once in a process.
 pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
-    let filter = EnvFilter::try_new(&settings.log_level)
-        .with_context(|| format!("--log-level {}: not a log filter", settings.log_level))?;
+    let level = &settings.log_level;
+    // At `debug` and below, HTTP/2 would say a line for every frame. Who wants that asks for it by name.
+    let filter = if level.contains('=') { level.clone() } else { format!("{level},h2=info") };
+    let filter =
+        EnvFilter::try_new(filter).with_context(|| format!("--log-level {level}: not a log filter"))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
     let started = match settings.log_format {
         LogFormat::Json => {
