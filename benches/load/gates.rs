@@ -15,6 +15,9 @@ use crate::{
 const IDLE: usize = 2000;
 const STALLED: usize = 1000;
 
+/// How often system calls are counted.
+const TRIES: usize = 3;
+
 /// One figure that must not grow.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Gate {
@@ -41,8 +44,8 @@ const CALLS: [Gate; 3] = [
     gate("system calls per GiB at 16 KiB", 15_000.0, None),
     gate("writes per read at 16 KiB", 3.0, None),
 ];
-const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.6, Some(2.0))];
-const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 8.5, Some(6.0))];
+const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.3, Some(2.0))];
+const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
 const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 12.0, Some(16.0))];
 const READERS: [Gate; 2] = [
     gate("MiB more while 1,000 readers do not read", 110.0, None),
@@ -73,10 +76,7 @@ pub(crate) fn run(folder: &Path, certificate: &Certificate) -> Result<()> {
             .and_then(|one| one.context("valgrind is not installed"))
             .map(|one| [one.per_small_message, one.per_byte]),
     );
-    table.add(
-        CALLS,
-        calls::measure(folder).map(|one| [one.per_small_message, one.per_gib, one.writes_per_read]),
-    );
+    table.add(CALLS, least_calls(folder));
     table.add(IDLE_PLAINTEXT, idle(Variant::Midspan));
     table.add(IDLE_TLS, idle(Variant::MidspanTls));
     table.add(PEAK, peak::measure(Variant::Midspan, folder, certificate).map(|one| [one.mib]));
@@ -94,6 +94,17 @@ pub(crate) fn run(folder: &Path, certificate: &Certificate) -> Result<()> {
     }
     text::print("every bound is kept");
     Ok(())
+}
+
+/// The least of some tries: other work on the machine only adds calls, by putting the relay to sleep more often.
+fn least_calls(folder: &Path) -> Result<[f64; 3]> {
+    let mut least = [f64::INFINITY; 3];
+    for _ in 0..TRIES {
+        let one = calls::measure(folder)?;
+        let figures = [one.per_small_message, one.per_gib, one.writes_per_read];
+        least = std::array::from_fn(|place| least[place].min(figures[place]));
+    }
+    Ok(least)
 }
 
 #[derive(Debug, Default)]
