@@ -1,8 +1,16 @@
+mod devices;
+mod entrances;
+mod session;
+
 use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitStatus,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use midspan_core::{
@@ -13,7 +21,13 @@ use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
+use tokio::time::Instant;
 
+pub use self::{
+    devices::Devices,
+    entrances::{Entrances, Failure},
+    session::{End, Seen, Session},
+};
 use crate::{
     DeviceLink, Leg, Metrics, Process, RedisServer, ServiceApi, Target, admin, binary, eventually, listening,
     relay::Handshake, trusting, until,
@@ -43,6 +57,17 @@ pub struct Member {
     process: Process,
     admin: SocketAddr,
     arguments: Vec<String>,
+    /// Whether a balancer sends anybody here.
+    open: Arc<AtomicBool>,
+}
+
+/// When a process was restarted.
+#[derive(Debug, Clone, Copy)]
+pub struct Rolled {
+    /// When it was sent SIGTERM.
+    pub told: Instant,
+    /// When the next one was ready.
+    pub back: Instant,
 }
 
 const HOST: &str = "localhost";
@@ -137,6 +162,8 @@ impl Fleet {
                     HOST,
                     "--edge-url",
                     "https://localhost",
+                    "--limit-initiations-per-second",
+                    "10000",
                 ];
                 arguments.extend(flags.map(str::to_owned));
             }
@@ -144,7 +171,12 @@ impl Fleet {
         }
         arguments.extend(more.iter().map(|&flag| flag.to_owned()));
         let tls = trusting(&self.ca_file());
-        Member::start(name, arguments, "127.0.0.1:0", tls).await
+        Member::start(name, arguments, "127.0.0.1:0", tls, Arc::new(AtomicBool::new(true))).await
+    }
+
+    /// What clients see of it: they come in at any process that is open to them.
+    pub fn entrances(&self) -> Arc<Entrances> {
+        Arc::new(Entrances::new(&self.controls, &self.edges, &self.service))
     }
 
     /// A service that calls one of the control replicas.
@@ -220,14 +252,15 @@ impl Member {
         name: String,
         arguments: Vec<String>,
         listen: &str,
-        tls: std::sync::Arc<rustls::ClientConfig>,
+        tls: Arc<rustls::ClientConfig>,
+        open: Arc<AtomicBool>,
     ) -> Self {
         let mut command = binary("midspand");
         command.args(&arguments).args(["--listen", listen]);
         let process = Process::spawn(command);
         let (address, admin) = (listening(&process, "public").await, listening(&process, "admin").await);
         let target = Target { address, authority: HOST.to_owned(), tls };
-        Self { name, target, process, admin, arguments }
+        Self { name, target, process, admin, arguments, open }
     }
 
     /// Everything on standard error so far.
@@ -265,7 +298,26 @@ impl Member {
     pub async fn restart(&mut self) {
         let (name, arguments) = (self.name.clone(), self.arguments.clone());
         let listen = self.target.address.to_string();
-        *self = Self::start(name, arguments, &listen, std::sync::Arc::clone(&self.target.tls)).await;
+        let (tls, open) = (Arc::clone(&self.target.tls), Arc::clone(&self.open));
+        *self = Self::start(name, arguments, &listen, tls, open).await;
+    }
+
+    /// Restarts it as a roll does: SIGTERM, its own end, a new process. Nobody new is sent to it while it says that it is not ready.
+    pub async fn roll(&mut self) -> Rolled {
+        self.terminate();
+        let told = Instant::now();
+        eventually("a process that was told to end is not ready", || async { !self.is_ready().await }).await;
+        self.open.store(false, Ordering::Relaxed);
+        let status = self.wait_exit().await;
+        assert!(status.success(), "{}: {status}", self.name);
+        self.restart().await;
+        eventually("a process that was started is ready", || async { self.is_ready().await }).await;
+        self.open.store(true, Ordering::Relaxed);
+        Rolled { told, back: Instant::now() }
+    }
+
+    async fn is_ready(&self) -> bool {
+        admin(self.admin, "/readyz").await.status == 200
     }
 }
 

@@ -51,7 +51,8 @@ impl Leg {
         Ok(Self::from_upgraded(upgrade(target, url, ticket, headers).await?).await)
     }
 
-    async fn from_upgraded(upgraded: Upgraded) -> Self {
+    /// The leg of a connection that was upgraded.
+    pub async fn from_upgraded(upgraded: Upgraded) -> Self {
         let Upgraded { io, early, headers } = upgraded;
         let config = WebSocketConfig::default().max_message_size(None).max_frame_size(None);
         let socket = WebSocketStream::from_partially_read(io, early.into(), Role::Client, Some(config)).await;
@@ -241,12 +242,16 @@ async fn upgrade(
     ticket: &str,
     headers: &[(&str, &str)],
 ) -> Result<Upgraded, Answer> {
-    let rest = url.strip_prefix("wss://").unwrap_or_else(|| panic!("a leg's URL must be wss: {url}"));
-    let path = &rest[rest.find('/').expect("a leg's URL needs a path")..];
     let authorization = format!("Bearer {ticket}");
     let mut all = vec![("authorization", authorization.as_str())];
     all.extend_from_slice(headers);
-    target.upgrade(path, &all).await
+    target.upgrade(path_of(url), &all).await
+}
+
+/// The path of a leg's URL.
+pub(crate) fn path_of(url: &str) -> &str {
+    let rest = url.strip_prefix("wss://").unwrap_or_else(|| panic!("a leg's URL must be wss: {url}"));
+    &rest[rest.find('/').expect("a leg's URL needs a path")..]
 }
 
 /// Whether the other side has gone, with or without TLS's own goodbye.

@@ -35,7 +35,7 @@ use std::{
 };
 
 pub use api::{Answer, ServiceApi};
-pub use fleet::{Fleet, Member};
+pub use fleet::{Devices, End, Entrances, Failure, Fleet, Member, Rolled, Seen, Session};
 pub use flow::{FlowLeg, FlowReader, FlowWriter, Incoming};
 pub use frame::Frame;
 pub use leg::{Joined, Leg, RawLeg};

@@ -71,7 +71,8 @@ impl Target {
     /// Like [`Target::connect`], for when it may fail.
     pub async fn try_connect(&self) -> std::io::Result<Io> {
         let name = ServerName::try_from(self.host().to_owned()).unwrap();
-        let tcp = self.tcp().await;
+        let tcp = within("a TCP connection", TcpStream::connect(self.address)).await?;
+        tcp.set_nodelay(true)?;
         // On the heap, as below: these futures are large, and tests put many into one.
         let handshake = Box::pin(TlsConnector::from(Arc::clone(&self.tls)).connect(name, tcp));
         within("a TLS handshake", handshake).await
@@ -79,13 +80,15 @@ impl Target {
 
     /// Sends one request on a connection of its own. When the future is dropped, so is the connection.
     pub async fn request(&self, request: Request<Full<Bytes>>) -> Answer {
-        let (sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(self.connect().await)).await.unwrap();
+        Self::request_over(self.connect().await, request).await.expect("no answer to a request")
+    }
+
+    /// Sends one request on a connection that is there already, and that may break.
+    pub async fn request_over(io: Io, request: Request<Full<Bytes>>) -> hyper::Result<Answer> {
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(connection);
-        let mut sender = sender;
-        let response = sender.send_request(request).await.expect("no answer to a request");
-        Answer::read(response).await
+        Ok(Answer::read(sender.send_request(request).await?).await)
     }
 
     /// A request to this relay, with its `Host` header.
@@ -106,6 +109,16 @@ impl Target {
 
     /// Asks for a WebSocket. Gives the refusal when the relay does not switch protocols.
     pub async fn upgrade(&self, path: &str, headers: &[(&str, &str)]) -> Result<Upgraded, Answer> {
+        self.upgrade_over(self.connect().await, path, headers).await.expect("no answer to an upgrade")
+    }
+
+    /// Does the same on a connection that is there already, and that may break.
+    pub async fn upgrade_over(
+        &self,
+        io: Io,
+        path: &str,
+        headers: &[(&str, &str)],
+    ) -> hyper::Result<Result<Upgraded, Answer>> {
         let mut all = vec![
             ("connection", "Upgrade"),
             ("upgrade", "websocket"),
@@ -114,20 +127,19 @@ impl Target {
         ];
         all.extend_from_slice(headers);
         let request = self.build(Method::GET, path, &all, b"");
-        let (mut sender, connection) =
-            hyper::client::conn::http1::handshake(TokioIo::new(self.connect().await)).await.unwrap();
+        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(io)).await?;
         let mut tasks = JoinSet::new();
         tasks.spawn(connection.with_upgrades());
-        let response = within("the answer to an upgrade", sender.send_request(request)).await.unwrap();
+        let response = within("the answer to an upgrade", sender.send_request(request)).await?;
         if response.status() != http::StatusCode::SWITCHING_PROTOCOLS {
-            return Err(Answer::read(response).await);
+            return Ok(Err(Answer::read(response).await));
         }
         let headers = response.headers().clone();
         // RFC 6455, section 1.3 gives this answer to the key above.
         assert_eq!(headers["sec-websocket-accept"], "s3pPLMBiTxaQ9kYGzzhZRbK+xOo=");
-        let upgraded = hyper::upgrade::on(response).await.unwrap();
+        let upgraded = hyper::upgrade::on(response).await?;
         let parts = upgraded.downcast::<TokioIo<Io>>().unwrap();
-        Ok(Upgraded { io: parts.io.into_inner(), early: parts.read_buf, headers })
+        Ok(Ok(Upgraded { io: parts.io.into_inner(), early: parts.read_buf, headers }))
     }
 }
 

@@ -1,5 +1,7 @@
 //! Many processes around a Redis are one relay.
 
+mod load;
+
 use futures_util::StreamExt as _;
 use secrecy::ExposeSecret as _;
 use sha2::{Digest as _, Sha256};
