@@ -145,8 +145,6 @@ impl Fleet {
             "json",
             "--log-level",
             "debug",
-            "--drain-delay",
-            "0s",
         ]
         .map(str::to_owned)
         .into();
@@ -168,6 +166,9 @@ impl Fleet {
                 arguments.extend(flags.map(str::to_owned));
             }
             _ => arguments.extend(["--edge-name", &name].map(str::to_owned)),
+        }
+        if !more.contains(&"--drain-delay") {
+            arguments.extend(["--drain-delay", "0s"].map(str::to_owned));
         }
         arguments.extend(more.iter().map(|&flag| flag.to_owned()));
         let tls = trusting(&self.ca_file());
