@@ -6,7 +6,7 @@ help:
 	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
 	@echo 'make check              format, spelling, scripts, dependencies, licences, lints, documentation'
 	@echo 'make test               every test; installs what it lacks, and says what'
-	@echo 'make test-long          the soak of ten minutes, 9,000 idle streams, 1,000 stalled readers; optimised'
+	@echo 'make test-long          the soak of ten minutes, 9,000 idle streams, 1,000 stalled readers, a fleet'
 	@echo 'make gates              instructions, system calls and memory of the data path, against their bounds'
 	@echo 'make bench              the data path beside other relays, in about 15 minutes; ARGS=--quick is rough'
 	@echo '                        ARGS=--peers also installs other tunnels, and compares them from end to end'

@@ -16,6 +16,7 @@ use std::{
 use midspan_core::{
     connection_string::{ConnectionString, Identity},
     key::Key,
+    ticket::TicketKeys,
 };
 use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use secrecy::ExposeSecret as _;
@@ -71,6 +72,7 @@ pub struct Rolled {
 }
 
 const HOST: &str = "localhost";
+const TICKET_KEY: u8 = 3;
 
 impl Fleet {
     /// Starts everything, and waits until each process knows of the others.
@@ -92,7 +94,7 @@ impl Fleet {
             }},
         });
         fs::write(folder.path().join("credentials.json"), credentials.to_string()).unwrap();
-        fs::write(folder.path().join("ticket.key"), key(3).to_base64().expose_secret()).unwrap();
+        fs::write(folder.path().join("ticket.key"), key(TICKET_KEY).to_base64().expose_secret()).unwrap();
         make_certificates(folder.path());
         let service = ConnectionString {
             host: HOST.to_owned(),
@@ -177,7 +179,8 @@ impl Fleet {
 
     /// What clients see of it: they come in at any process that is open to them.
     pub fn entrances(&self) -> Arc<Entrances> {
-        Arc::new(Entrances::new(&self.controls, &self.edges, &self.service))
+        let tickets = TicketKeys::new(&key(TICKET_KEY), None).unwrap();
+        Arc::new(Entrances::new(&self.controls, &self.edges, &self.service, tickets))
     }
 
     /// A service that calls one of the control replicas.
@@ -305,8 +308,8 @@ impl Member {
 
     /// Restarts it as a roll does: SIGTERM, its own end, a new process. Nobody new is sent to it while it says that it is not ready.
     pub async fn roll(&mut self) -> Rolled {
-        self.terminate();
         let told = Instant::now();
+        self.terminate();
         eventually("a process that was told to end is not ready", || async { !self.is_ready().await }).await;
         self.open.store(false, Ordering::Relaxed);
         let status = self.wait_exit().await;

@@ -3,7 +3,7 @@
 //! `MIDSPAN_FLEET_STREAMS` says how many; a small machine without optimisation can do some hundreds beside other tests.
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap},
     hash::{BuildHasher as _, RandomState},
     sync::Arc,
     time::Duration,
@@ -65,12 +65,14 @@ async fn all_streams_join_wherever_they_come_in_and_hashing_says_how_many_legs_a
         });
     }
     let streams = crowd.both(talks.join_all().await).await;
+    let names: Vec<_> = fleet.edges.iter().map(|edge| &edge.name).collect();
     let mut owned = [0; EDGES];
     let mut elsewhere = 0;
     for stream in &streams {
         stream.went_well();
-        owned[stream.owner] += 1;
-        elsewhere += stream.entries().into_iter().filter(|&edge| edge != stream.owner).count();
+        assert_eq!(owner_of(stream.id(), &names), Some(stream.owner()));
+        owned[stream.owner()] += 1;
+        elsewhere += stream.entries().into_iter().filter(|&edge| edge != stream.owner()).count();
     }
     let bytes: usize = streams.iter().map(|stream| stream.service.bytes + stream.device.bytes).sum();
     println!(
@@ -102,7 +104,7 @@ async fn a_killed_edge_costs_the_streams_that_it_owned_or_forwarded_and_no_other
     let mut touched = [0, 0];
     for stream in &streams {
         let [service, device] = stream.entries();
-        let reasons: &[&str] = match (stream.owner == 0, service == 0, device == 0) {
+        let reasons: &[&str] = match (stream.owner() == 0, service == 0, device == 0) {
             (true, _, _) => &["edge_lost"],
             (false, true, true) => &["service_lost", "device_lost"],
             (false, true, false) => &["service_lost"],
@@ -112,7 +114,7 @@ async fn a_killed_edge_costs_the_streams_that_it_owned_or_forwarded_and_no_other
         if reasons == ["service_closed"] {
             stream.went_well();
         } else {
-            touched[usize::from(stream.owner != 0)] += 1;
+            touched[usize::from(stream.owner() != 0)] += 1;
             for seen in [&stream.service, &stream.device] {
                 assert!(!matches!(seen.end, End::Closed(1000, _)), "{stream:?}");
             }
@@ -218,14 +220,15 @@ async fn a_roll_of_every_process_fails_no_initiation_and_cuts_only_what_outlasts
         tally.add(streams);
     }
     let reopened = tally.streams.len() - spanning;
-    let failed = [&short.failed[..], &tally.failed].concat();
+    let [failed, retried] = [(&short.failed, &tally.failed), (&short.retries, &tally.retries)]
+        .map(|(short, long)| [&short[..], long].concat());
     println!(
-        "{} short streams, {} retries; {spanning} long ones, {reopened} times anew, {} retries; failed: {failed:?}",
+        "{} short streams; {spanning} long ones, {reopened} times anew; {} retries: {:?}; {} failed",
         short.streams.len(),
-        short.retries.len(),
-        tally.retries.len(),
+        retried.len(),
+        BTreeSet::from_iter(&retried),
+        failed.len(),
     );
-    println!("retried: {:?}", [&short.retries[..], &tally.retries].concat());
     println!("legs of devices that were refused: {:?}", crowd.devices.refused_legs());
     assert!(failed.is_empty(), "{failed:?}");
 
@@ -240,7 +243,7 @@ async fn a_roll_of_every_process_fails_no_initiation_and_cuts_only_what_outlasts
             }
             cut[kind] += 1;
             let [service, device] = stream.entries();
-            let on_its_way = [stream.owner, service, device].map(|edge| rolls[&format!("edge-{edge}")]);
+            let on_its_way = [stream.owner(), service, device].map(|edge| rolls[&format!("edge-{edge}")]);
             for seen in [&stream.service, &stream.device] {
                 assert!(
                     matches!(&seen.end, End::Closed(1012, text) if text.starts_with("draining: ")),
@@ -258,7 +261,7 @@ async fn a_roll_of_every_process_fails_no_initiation_and_cuts_only_what_outlasts
 
 /// How many streams the tests open.
 fn streams() -> usize {
-    setting("MIDSPAN_FLEET_STREAMS").map_or(200, |streams| usize::try_from(streams).unwrap())
+    setting("MIDSPAN_FLEET_STREAMS").map_or(300, |streams| usize::try_from(streams).unwrap())
 }
 
 /// A fleet and its clients, with room for `streams` at a time.
@@ -296,7 +299,6 @@ struct Held {
 /// A stream as both of its ends have seen it.
 #[derive(Debug)]
 struct Stream {
-    owner: usize,
     service: Seen,
     device: Seen,
 }
@@ -390,11 +392,11 @@ impl Crowd {
 
     /// Adds what the devices have seen.
     async fn both(&self, services: Vec<Seen>) -> Vec<Stream> {
-        let names: Vec<_> = (0..EDGES).map(|edge| format!("edge-{edge}")).collect();
         let mut streams = Vec::new();
         for service in services {
             let device = self.devices.seen(service.stream).await;
-            streams.push(Stream { owner: owner_of(service.stream, &names).unwrap(), service, device });
+            assert_eq!(service.owner, device.owner, "stream {}", service.stream);
+            streams.push(Stream { service, device });
         }
         streams
     }
@@ -413,6 +415,10 @@ impl Stream {
         self.service.stream
     }
 
+    fn owner(&self) -> usize {
+        self.service.owner
+    }
+
     /// The edges at which the legs came in: the service's, the device's.
     fn entries(&self) -> [usize; 2] {
         [self.service.edge, self.device.edge]
@@ -420,7 +426,7 @@ impl Stream {
 
     /// Checks that the service closed it, and that both ends have what the other one sent.
     fn went_well(&self) {
-        let Self { service, device, .. } = self;
+        let Self { service, device } = self;
         for seen in [service, device] {
             assert!(matches!(seen.end, End::Closed(1000, _)), "{self:?}");
         }
@@ -444,10 +450,10 @@ impl Client {
         let mut tally = Tally::default();
         match self.entrances.open_or_retry(&device, random).await {
             Ok((session, first)) => {
-                tally.retries.extend(first.map(|failure| format!("{failure:?}")));
+                tally.retries.extend(first.map(|failure| failure.to_string()));
                 tally.streams.push((begun, keep_talking(session, random.clone(), go_on).await));
             }
-            Err(failure) => tally.failed.push(format!("{failure:?}")),
+            Err(failure) => tally.failed.push(failure.to_string()),
         }
         tally
     }

@@ -21,7 +21,7 @@ use tokio_tungstenite::{
     tungstenite::{Message, protocol::Role},
 };
 
-use super::{Entrances, Fleet, Seen, Session};
+use super::{Entrances, Fleet, Seen};
 use crate::{Random, eventually, now, until};
 
 /// Devices that look after themselves: each keeps a link to any control replica, goes to another one when it is told or cut off,
@@ -204,11 +204,11 @@ impl Device {
     async fn leg(self, invitation: Invitation, mut random: Random) {
         let Invitation { stream, url, ticket, .. } = invitation;
         match self.shared.entrances.leg(&url, &ticket, &mut random).await {
-            Ok((edge, leg)) => {
-                let seen = Session::new(stream, edge, leg, random.number()).answer().await;
+            Ok(session) => {
+                let seen = session.answer().await;
                 self.shared.seen.lock().unwrap().insert(stream, seen);
             }
-            Err(failure) => self.shared.refused_legs.lock().unwrap().push(format!("{failure:?}")),
+            Err(failure) => self.shared.refused_legs.lock().unwrap().push(failure.to_string()),
         }
     }
 }

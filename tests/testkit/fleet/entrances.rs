@@ -1,5 +1,5 @@
 use std::{
-    io,
+    fmt, io,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -8,7 +8,9 @@ use std::{
 };
 
 use http::Method;
-use midspan_core::{api::StreamGrant, connection_string::ConnectionString, id::DeviceAddress};
+use midspan_core::{
+    api::StreamGrant, connection_string::ConnectionString, id::DeviceAddress, ticket::TicketKeys,
+};
 use secrecy::{ExposeSecret as _, SecretString};
 use tokio::time::sleep;
 
@@ -21,10 +23,13 @@ pub struct Entrances {
     controls: Vec<Entrance>,
     edges: Vec<Entrance>,
     authorization: String,
+    /// Tickets say who owns a stream, which clients have no need to know.
+    tickets: TicketKeys,
 }
 
 #[derive(Debug)]
 struct Entrance {
+    name: String,
     target: Target,
     open: Arc<AtomicBool>,
 }
@@ -49,16 +54,33 @@ impl Failure {
     }
 }
 
+impl fmt::Display for Failure {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(answer) => write!(f, "{}: {}", answer.status, answer.json()["detail"]),
+            Self::Broken(how) => f.write_str(how),
+        }
+    }
+}
+
 impl Entrances {
-    pub(super) fn new(controls: &[Member], edges: &[Member], service: &ConnectionString) -> Self {
+    pub(super) fn new(
+        controls: &[Member],
+        edges: &[Member],
+        service: &ConnectionString,
+        tickets: TicketKeys,
+    ) -> Self {
         let entrances = |members: &[Member]| -> Vec<_> {
-            let of =
-                |member: &Member| Entrance { target: member.target.clone(), open: Arc::clone(&member.open) };
+            let of = |member: &Member| Entrance {
+                name: member.name.clone(),
+                target: member.target.clone(),
+                open: Arc::clone(&member.open),
+            };
             members.iter().map(of).collect()
         };
         let expires = now().plus(Duration::from_secs(3600));
         let authorization = service.sign(expires).expose_secret().to_owned();
-        Self { controls: entrances(controls), edges: entrances(edges), authorization }
+        Self { controls: entrances(controls), edges: entrances(edges), authorization, tickets }
     }
 
     /// Asks any control replica for a stream to `device`, and opens the service's leg at any edge.
@@ -74,9 +96,8 @@ impl Entrances {
         if answer.status != 201 {
             return Err(Failure::Refused(Box::new(answer)));
         }
-        let StreamGrant { stream, url, ticket, .. } = answer.grant();
-        let (edge, leg) = self.leg(&url, &ticket, random).await?;
-        Ok(Session::new(stream, edge, leg, random.number()))
+        let StreamGrant { url, ticket, .. } = answer.grant();
+        self.leg(&url, &ticket, random).await
     }
 
     /// Opens a stream, and tries once more where a client may.
@@ -92,17 +113,20 @@ impl Entrances {
         }
     }
 
-    /// Opens a leg at any edge; tells which one it is.
-    pub async fn leg(
+    /// Opens a leg at any edge.
+    pub(super) async fn leg(
         &self,
         url: &str,
         ticket: &SecretString,
         random: &mut Random,
-    ) -> Result<(usize, Leg), Failure> {
+    ) -> Result<Session, Failure> {
+        let claims = self.tickets.verify(ticket.expose_secret(), now()).unwrap();
+        let owner = self.edges.iter().position(|edge| edge.name == claims.owner.name).unwrap();
         let authorization = format!("Bearer {}", ticket.expose_secret());
         let headers = [("authorization", authorization.as_str())];
-        let (at, upgraded) = upgrade(&self.edges, path_of(url), &headers, random).await?;
-        Ok((at, Leg::from_upgraded(upgraded).await))
+        let (edge, upgraded) = upgrade(&self.edges, path_of(url), &headers, random).await?;
+        let leg = Leg::from_upgraded(upgraded).await;
+        Ok(Session::new(claims.stream, [owner, edge], leg, random.number()))
     }
 
     /// Opens a device's link at any control replica; tells which one it is.

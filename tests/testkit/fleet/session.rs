@@ -15,6 +15,7 @@ use crate::{Leg, Random, within};
 pub struct Session {
     /// The stream.
     pub stream: StreamId,
+    owner: usize,
     edge: usize,
     leg: Leg,
     random: Random,
@@ -37,7 +38,9 @@ pub enum End {
 pub struct Seen {
     /// The stream.
     pub stream: StreamId,
-    /// At which edge it came in.
+    /// The edge that owned it.
+    pub owner: usize,
+    /// The edge at which this end came in.
     pub edge: usize,
     /// SHA-256 of what it sent.
     pub sent: Output<Sha256>,
@@ -52,9 +55,9 @@ pub struct Seen {
 }
 
 impl Session {
-    pub(super) fn new(stream: StreamId, edge: usize, leg: Leg, seed: u64) -> Self {
+    pub(super) fn new(stream: StreamId, [owner, edge]: [usize; 2], leg: Leg, seed: u64) -> Self {
         let (sent, received) = (Sha256::new(), Sha256::new());
-        Self { stream, edge, leg, random: Random::new(seed), sent, received, bytes: 0 }
+        Self { stream, owner, edge, leg, random: Random::new(seed), sent, received, bytes: 0 }
     }
 
     /// As the service: sends `length` bytes, and waits for as many of the device's.
@@ -112,6 +115,7 @@ impl Session {
         }
         Seen {
             stream: self.stream,
+            owner: self.owner,
             edge: self.edge,
             sent: self.sent.finalize(),
             received: self.received.finalize(),
