@@ -90,9 +90,16 @@ async fn the_streams_of_an_edge_that_dies_end_with_a_record_and_others_flow_on()
         fleet.activity().iter().filter(|record| lost(record)).count() == of_first
     })
     .await;
-    // New ones are placed where they can be joined, and under the old name once it is back.
-    let handshake = fleet.handshake(0, "dev1", &mut link).await;
-    assert_eq!(fleet.owner(handshake.grant.stream).await, 1);
+    // New ones are placed where they can be joined, once the replica has looked who is there, and under the old name once it is
+    // back.
+    within("four streams in a row of the edge that is left", async {
+        let mut in_a_row = 0;
+        while in_a_row < 4 {
+            let handshake = fleet.handshake(0, "dev1", &mut link).await;
+            in_a_row = if fleet.owner(handshake.grant.stream).await == 1 { in_a_row + 1 } else { 0 };
+        }
+    })
+    .await;
     fleet.edges[0].restart().await;
     until("a stream of the edge that came back", || async {
         let mut link = fleet.device("dev2", 0).await;
