@@ -10,8 +10,10 @@ use std::{
 };
 
 use midspan_core::{id::StreamId, placement::owner_of};
+use serde_json::Value;
 use testkit::{
-    Devices, End, Entrances, Failure, Fleet, Random, Rolled, Seen, Session, eventually, need_files, within,
+    Devices, End, Entrances, Failure, Fleet, Member, Random, Rolled, Seen, Session, eventually, need_files,
+    within,
 };
 use tokio::{
     sync::watch,
@@ -92,7 +94,7 @@ async fn all_streams_join_wherever_they_come_in_and_hashing_says_how_many_legs_a
 #[tokio::test(flavor = "multi_thread")]
 async fn a_killed_edge_costs_the_streams_that_it_owned_or_forwarded_and_no_other() {
     let count = streams() / 2;
-    let (mut fleet, crowd) = start(&[], count).await;
+    let (mut fleet, crowd) = start(&["--drain-grace", "1s"], count).await;
     let held = crowd.hold(count).await;
     fleet.edges[0].kill();
     let killed = Instant::now();
@@ -127,22 +129,17 @@ async fn a_killed_edge_costs_the_streams_that_it_owned_or_forwarded_and_no_other
     }
     println!("{count} streams; the edge owned {}, and forwarded for {} more", touched[0], touched[1]);
     assert!(touched.iter().all(|&some| some > 0), "{touched:?}");
-    let ends = || {
-        let mut ends: HashMap<String, Vec<String>> = HashMap::new();
-        for record in fleet.activity().iter().filter(|record| record["operationName"] == "end") {
-            let properties: serde_json::Value =
-                serde_json::from_str(record["properties"].as_str().unwrap()).unwrap();
-            let stream = properties["streamId"].as_str().unwrap().to_owned();
-            ends.entry(stream).or_default().push(record["resultType"].as_str().unwrap().to_owned());
-        }
-        ends
-    };
     eventually("each end is recorded", || async {
-        let ends = ends();
+        let ends = recorded_ends(&fleet);
         expected.keys().all(|stream| ends.contains_key(stream))
     })
     .await;
-    let ends = ends();
+    // Whoever looks for late streams has looked, and written down what there was.
+    fleet.controls.iter().for_each(Member::terminate);
+    for control in &mut fleet.controls {
+        control.wait_exit().await;
+    }
+    let ends = recorded_ends(&fleet);
     for (stream, reasons) in expected {
         let told = &ends[&stream];
         assert!(
@@ -262,6 +259,17 @@ async fn a_roll_of_every_process_fails_no_initiation_and_cuts_only_what_outlasts
     }
     println!("cut with 1012 after the grace: {} of the short ones, {} of the long ones", cut[0], cut[1]);
     assert!(cut[1] >= spanning, "each edge was restarted, and with it the owner of each long stream");
+}
+
+/// The reasons in the records of ends, by stream.
+fn recorded_ends(fleet: &Fleet) -> HashMap<String, Vec<String>> {
+    let mut ends: HashMap<_, Vec<_>> = HashMap::new();
+    for record in fleet.activity().iter().filter(|record| record["operationName"] == "end") {
+        let properties: Value = serde_json::from_str(record["properties"].as_str().unwrap()).unwrap();
+        let stream = properties["streamId"].as_str().unwrap().to_owned();
+        ends.entry(stream).or_default().push(record["resultType"].as_str().unwrap().to_owned());
+    }
+    ends
 }
 
 /// How many streams the tests open.
