@@ -44,7 +44,7 @@ const CALLS: [Gate; 3] = [
     gate("system calls per GiB at 16 KiB", 15_000.0, None),
     gate("writes per read at 16 KiB", 3.0, None),
 ];
-const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.3, Some(2.0))];
+const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.6, Some(2.0))];
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
 const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 12.0, Some(16.0))];
 const READERS: [Gate; 2] = [

@@ -118,20 +118,16 @@ impl Listener {
     pub fn bind_on(name: &'static str, mut address: SocketAddr, runtimes: &[Handle]) -> anyhow::Result<Self> {
         let shared = runtimes.len() > 1;
         let mut sockets = Vec::with_capacity(runtimes.len());
-        let taken = || {
+        let taken = |address| {
             format!("cannot listen on {address} ({name}); is another process there? choose another address")
         };
         if shared && address.port() != 0 {
             // Sockets that share an address would share it with another process of ours, too.
-            drop(listen(address, false).with_context(taken)?);
+            drop(listen(address, false).with_context(|| taken(address))?);
         }
         for runtime in runtimes {
             let _here = runtime.enter();
-            let socket = listen(address, shared).with_context(|| {
-                format!(
-                    "cannot listen on {address} ({name}); is another process there? choose another address"
-                )
-            })?;
+            let socket = listen(address, shared).with_context(|| taken(address))?;
             address = socket.local_addr().context("the listener has no address")?;
             sockets.push((runtime.clone(), socket));
         }
@@ -481,5 +477,24 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.io().poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn an_address_is_shared_by_the_threads_of_one_process_and_by_nobody_else() {
+        let here = [Handle::current(), Handle::current()];
+        let first = Listener::bind_on("public", ([127, 0, 0, 1], 0).into(), &here).unwrap();
+        assert_eq!(first.sockets.len(), 2);
+        for others in [&here[..], &here[..1]] {
+            let error = Listener::bind_on("public", first.address(), others).unwrap_err();
+            assert!(format!("{error:#}").contains("is another process there?"), "{error:#}");
+        }
+        let address = first.address();
+        drop(first);
+        assert_eq!(Listener::bind_on("public", address, &here).unwrap().address(), address);
     }
 }
