@@ -48,8 +48,8 @@ const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
 const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 12.0, Some(16.0))];
 const READERS: [Gate; 2] = [
-    gate("MiB more while 1,000 readers do not read", 110.0, None),
-    gate("MiB more at the most, until they have read everything", 125.0, None),
+    gate("MiB more while 1,000 readers do not read", 125.0, None),
+    gate("MiB more at the most, until they have read everything", 140.0, None),
 ];
 
 /// One line of the table.
