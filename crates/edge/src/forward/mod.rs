@@ -29,9 +29,9 @@ use midspan_platform::{
     metrics::Counted,
     owners::Owners as _,
     rendezvous::ServerRole,
+    tls::TlsStream,
 };
 use tokio::{net::TcpStream, runtime::Handle, time::timeout};
-use tokio_rustls::client::TlsStream;
 use tracing::{debug, warn};
 
 use crate::{edge::Edge, upgrade::Admitted};

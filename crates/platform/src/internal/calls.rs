@@ -26,11 +26,10 @@ use tokio::{
     sync::Mutex,
     time::{timeout, timeout_at},
 };
-use tokio_rustls::{TlsConnector, client::TlsStream};
 use tokio_util::sync::CancellationToken;
 
 use super::{INCARNATION, Identity, name_of};
-use crate::{lifecycle::Lifecycle, rendezvous::ServerRole};
+use crate::{lifecycle::Lifecycle, rendezvous::ServerRole, tls::TlsStream};
 
 /// Why a call had no answer.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -119,7 +118,7 @@ impl Internal {
             let socket = TcpStream::connect(&to.address).await?;
             socket.set_nodelay(true)?;
             let name = ServerName::try_from(name_of(role)).map_err(io::Error::other)?;
-            TlsConnector::from(self.identity.client_config()).connect(name, socket).await
+            TlsStream::connect(socket, self.identity.client_config(), name).await
         };
         match timeout(CONNECT, connected).await {
             Ok(Ok(connection)) => Ok(connection),

@@ -29,7 +29,7 @@ use crate::{
     clock,
     lifecycle::Lifecycle,
     rendezvous::ServerRole,
-    tls::{TlsFiles, TlsText, configure_for},
+    tls::{TlsFiles, TlsText, configure_client, configure_for},
 };
 
 /// The certificate of this process and the CA of all, always the newest that made sense.
@@ -94,7 +94,10 @@ impl Identity {
     pub(super) fn server_config(self: &Arc<Self>) -> anyhow::Result<Arc<ServerConfig>> {
         let callers = Arc::clone(self) as Arc<dyn ClientCertVerifier>;
         let resolver = Arc::clone(self) as Arc<dyn ResolvesServerCert>;
-        Ok(Arc::new(configure_for(&[&TLS13], callers, resolver)?))
+        let mut config = configure_for(&[&TLS13], callers, resolver)?;
+        // Nobody would use them.
+        config.send_tls13_tickets = 0;
+        Ok(Arc::new(config))
     }
 
     /// How this process calls others.
@@ -139,6 +142,7 @@ impl Text {
             .with_client_cert_resolver(Arc::new(SingleCertAndKey::from(Arc::clone(&key))));
         // A session that is taken up again would outlive a change of the CA.
         client.resumption = Resumption::disabled();
+        configure_client(&mut client);
         Ok(Material { key, callers, client: Arc::new(client) })
     }
 }

@@ -1,9 +1,11 @@
-//! The handshake of a session, the server's end, over rustls' unbuffered API.
+//! The handshake of a session, over rustls' unbuffered API.
 
 use std::{io, sync::Arc};
 
 use rustls::{
-    CipherSuite, ServerConfig,
+    CipherSuite, ClientConfig, Error, ExtractedSecrets, ServerConfig, SupportedCipherSuite,
+    client::{ClientConnectionData, UnbufferedClientConnection},
+    pki_types::ServerName,
     server::{ServerConnectionData, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, EncodeTlsData, InsufficientSizeError, UnbufferedStatus},
 };
@@ -16,7 +18,7 @@ use tokio::{
 
 use super::{
     secrets::Secrets,
-    session::{HEADER, Session, record},
+    session::{End, HEADER, Session, record},
 };
 
 /// Where the length of the session id stands in the record of a `ClientHello`: after the type and the length of the message,
@@ -50,24 +52,56 @@ impl Turns {
     }
 }
 
-/// Does the handshake on `socket`, and gives the session, what has come after the handshake, and what is still to be sent.
+/// What a handshake ends with.
+pub(super) struct Done {
+    pub(super) session: Session,
+    /// What has come after it.
+    pub(super) incoming: Vec<u8>,
+    /// What is still to be sent.
+    pub(super) outgoing: Vec<u8>,
+}
+
+/// Does the server's part of the handshake on `socket`.
 ///
-/// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must be made by `configure`.
-pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
+/// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must be made by `configure_for`.
+pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     socket: &mut S,
     config: Arc<ServerConfig>,
     turns: &Turns,
-) -> io::Result<(Session, Vec<u8>, Vec<u8>)> {
-    let (mut incoming, mut outgoing) = (Vec::new(), Vec::new());
+) -> io::Result<Done> {
+    let mut incoming = Vec::new();
     // The library sees one record after the other, so that it opens none that comes after the handshake.
-    let mut seen = receive(socket, &mut incoming, 0).await?;
+    let seen = receive(socket, &mut incoming, 0).await?;
     let config = for_client(config, &incoming[..seen]);
-    let mut turn = turns.take().await;
-    let mut connection = UnbufferedServerConnection::new(config).map_err(broken)?;
-    let mut secrets = None;
+    let turn = turns.take().await;
+    let connection = UnbufferedServerConnection::new(config).map_err(broken)?;
+    negotiate(connection, socket, incoming, seen, turn).await
+}
+
+/// Does the client's part, with a server that is to prove that it is `name`.
+///
+/// Fails like [`accept`]. `config` must be made by `configure_client`.
+pub(super) async fn connect<S: AsyncRead + AsyncWrite + Unpin>(
+    socket: &mut S,
+    config: Arc<ClientConfig>,
+    name: ServerName<'static>,
+) -> io::Result<Done> {
+    let connection = UnbufferedClientConnection::new(config, name).map_err(broken)?;
+    negotiate(connection, socket, Vec::new(), 0, None).await
+}
+
+/// `seen` bytes of `incoming` are whole records.
+async fn negotiate<S: AsyncRead + AsyncWrite + Unpin, C: Connection>(
+    mut connection: C,
+    socket: &mut S,
+    mut incoming: Vec<u8>,
+    mut seen: usize,
+    mut turn: Option<SemaphorePermit<'_>>,
+) -> io::Result<Done> {
+    let (mut outgoing, mut secrets) = (Vec::new(), None);
     loop {
         let (discard, step) = process(&mut connection, &mut incoming[..seen], &mut outgoing);
-        secrets = Secrets::take().or(secrets);
+        secrets = Secrets::take(C::END).or(secrets);
         incoming.drain(..discard);
         seen -= discard;
         match step {
@@ -82,14 +116,15 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
                 seen = receive(socket, &mut incoming, seen).await?;
             }
             Step::Done => {
-                let (keys, connection) = connection.dangerous_into_kernel_connection().map_err(broken)?;
-                let suite = connection.negotiated_cipher_suite();
-                // A client of TLS 1.2 waits for the end of the handshake; one of TLS 1.3 has it, and gets tickets.
+                let (keys, suite) = connection.finish().map_err(broken)?;
+                // A client of TLS 1.2 waits for the end of the handshake; one of TLS 1.3 has it, and gets tickets. The end
+                // of a client's own handshake goes with its first payload.
                 if suite.tls13().is_none() {
                     send(socket, &mut outgoing).await?;
                 }
                 outgoing.shrink_to_fit();
-                return Ok((Session::new(suite, keys, secrets).map_err(broken)?, incoming, outgoing));
+                let session = Session::new(C::END, suite, keys, secrets).map_err(broken)?;
+                return Ok(Done { session, incoming, outgoing });
             }
             Step::Failed(error) => {
                 // The peer is told why, if it still listens.
@@ -97,6 +132,44 @@ pub(super) async fn handshake<S: AsyncRead + AsyncWrite + Unpin>(
                 return Err(broken(error));
             }
         }
+    }
+}
+
+/// The library's connection, of either end.
+trait Connection {
+    type Data;
+    const END: End;
+
+    fn process<'a>(&'a mut self, records: &'a mut [u8]) -> UnbufferedStatus<'a, 'a, Self::Data>;
+
+    fn finish(self) -> Result<(ExtractedSecrets, SupportedCipherSuite), Error>;
+}
+
+impl Connection for UnbufferedServerConnection {
+    type Data = ServerConnectionData;
+    const END: End = End::Server;
+
+    fn process<'a>(&'a mut self, records: &'a mut [u8]) -> UnbufferedStatus<'a, 'a, Self::Data> {
+        self.process_tls_records(records)
+    }
+
+    fn finish(self) -> Result<(ExtractedSecrets, SupportedCipherSuite), Error> {
+        let (keys, connection) = self.dangerous_into_kernel_connection()?;
+        Ok((keys, connection.negotiated_cipher_suite()))
+    }
+}
+
+impl Connection for UnbufferedClientConnection {
+    type Data = ClientConnectionData;
+    const END: End = End::Client;
+
+    fn process<'a>(&'a mut self, records: &'a mut [u8]) -> UnbufferedStatus<'a, 'a, Self::Data> {
+        self.process_tls_records(records)
+    }
+
+    fn finish(self) -> Result<(ExtractedSecrets, SupportedCipherSuite), Error> {
+        let (keys, connection) = self.dangerous_into_kernel_connection()?;
+        Ok((keys, connection.negotiated_cipher_suite()))
     }
 }
 
@@ -157,18 +230,14 @@ enum Step {
     Process,
     Read,
     Done,
-    Failed(rustls::Error),
+    Failed(Error),
 }
 
 /// Lets the library look at `records`, and appends what it says to `outgoing`. Says how many bytes of `records` are used
 /// up.
-fn process(
-    connection: &mut UnbufferedServerConnection,
-    records: &mut [u8],
-    outgoing: &mut Vec<u8>,
-) -> (usize, Step) {
+fn process<C: Connection>(connection: &mut C, records: &mut [u8], outgoing: &mut Vec<u8>) -> (usize, Step) {
     let size = records.len();
-    let UnbufferedStatus { discard, state } = connection.process_tls_records(records);
+    let UnbufferedStatus { discard, state } = connection.process(records);
     let step = match state {
         Ok(ConnectionState::EncodeTlsData(data)) => {
             encode(data, outgoing);
@@ -182,9 +251,11 @@ fn process(
         Ok(ConnectionState::BlockedHandshake) => Step::Read,
         // Bytes that are left would be the start of a message under keys that are no longer in use.
         Ok(ConnectionState::WriteTraffic(_)) if discard == size => Step::Done,
-        Ok(_) => Step::Failed(rustls::Error::HandshakeNotComplete),
+        Ok(_) => Step::Failed(Error::HandshakeNotComplete),
         Err(error) => {
-            while let Ok(ConnectionState::EncodeTlsData(data)) = connection.process_tls_records(&mut []).state
+            // Its alert, which comes before the library looks at anything else; what it has not discarded must be there still.
+            if let Ok(ConnectionState::EncodeTlsData(data)) =
+                connection.process(&mut records[discard..]).state
             {
                 encode(data, outgoing);
             }
@@ -194,7 +265,7 @@ fn process(
     (discard, step)
 }
 
-fn encode(mut data: EncodeTlsData<'_, ServerConnectionData>, outgoing: &mut Vec<u8>) {
+fn encode<Data>(mut data: EncodeTlsData<'_, Data>, outgoing: &mut Vec<u8>) {
     if let Err(EncodeError::InsufficientSize(InsufficientSizeError { required_size })) = data.encode(&mut [])
     {
         let start = outgoing.len();
@@ -210,7 +281,7 @@ async fn send<S: AsyncWrite + Unpin>(socket: &mut S, outgoing: &mut Vec<u8>) -> 
     socket.flush().await
 }
 
-pub(super) fn broken(error: rustls::Error) -> io::Error {
+pub(super) fn broken(error: Error) -> io::Error {
     io::Error::new(io::ErrorKind::InvalidData, error)
 }
 

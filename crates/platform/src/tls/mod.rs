@@ -1,10 +1,12 @@
-//! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running.
+//! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running, and for calls to other processes.
 
 mod handshake;
 mod secrets;
 mod session;
 mod stream;
 
+#[cfg(test)]
+mod client_tests;
 #[cfg(test)]
 mod tests;
 
@@ -21,7 +23,7 @@ use anyhow::{Context as _, bail};
 use arc_swap::ArcSwap;
 use midspan_core::time::UnixTime;
 use rustls::{
-    CertificateError, CipherSuite, RootCertStore, ServerConfig, SupportedProtocolVersion,
+    CertificateError, CipherSuite, ClientConfig, RootCertStore, ServerConfig, SupportedProtocolVersion,
     client::verify_server_cert_signed_by_trust_anchor,
     crypto::aws_lc_rs,
     pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime as PkiTime, pem::PemObject as _},
@@ -128,6 +130,13 @@ pub(crate) fn configure_for(
     // A resumed session gets another one in place of the one that it used.
     config.send_tls13_tickets = 1;
     Ok(config)
+}
+
+/// Makes a configuration fit for [`TlsStream::connect`].
+pub(crate) fn configure_client(config: &mut ClientConfig) {
+    // See `session`.
+    config.enable_secret_extraction = true;
+    config.key_log = Arc::new(HandOut);
 }
 
 /// The files' contents.

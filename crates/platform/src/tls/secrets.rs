@@ -11,8 +11,10 @@ use rustls::{
     internal::{derive_traffic_iv, derive_traffic_key},
 };
 
-const OPENING: &str = "CLIENT_TRAFFIC_SECRET_0";
-const SEALING: &str = "SERVER_TRAFFIC_SECRET_0";
+use super::session::End;
+
+const CLIENT: &str = "CLIENT_TRAFFIC_SECRET_0";
+const SERVER: &str = "SERVER_TRAFFIC_SECRET_0";
 
 const UPDATE: &[u8] = b"tls13 traffic upd";
 
@@ -26,15 +28,15 @@ pub(super) struct HandOut;
 
 impl KeyLog for HandOut {
     fn log(&self, label: &str, _: &[u8], secret: &[u8]) {
-        HANDED_OUT.with_borrow_mut(|(opening, sealing)| match label {
-            OPENING => *opening = Some(OkmBlock::new(secret)),
-            SEALING => *sealing = Some(OkmBlock::new(secret)),
+        HANDED_OUT.with_borrow_mut(|(client, server)| match label {
+            CLIENT => *client = Some(OkmBlock::new(secret)),
+            SERVER => *server = Some(OkmBlock::new(secret)),
             _ => {}
         });
     }
 
     fn will_log(&self, label: &str) -> bool {
-        label == OPENING || label == SEALING
+        label == CLIENT || label == SERVER
     }
 }
 
@@ -46,9 +48,13 @@ pub(super) struct Secrets {
 
 impl Secrets {
     /// Takes what the library has handed out in the last call, if it has.
-    pub(super) fn take() -> Option<Self> {
-        let (opening, sealing) = HANDED_OUT.take();
-        Some(Self { opening: opening?, sealing: sealing? })
+    pub(super) fn take(end: End) -> Option<Self> {
+        let (client, server) = HANDED_OUT.take();
+        let (opening, sealing) = match end {
+            End::Server => (client?, server?),
+            End::Client => (server?, client?),
+        };
+        Some(Self { opening, sealing })
     }
 }
 

@@ -48,8 +48,16 @@ pub(super) fn append(to: &mut Vec<u8>, from: &[u8]) {
     from.chunks(COPY).for_each(|piece| to.extend_from_slice(piece));
 }
 
+/// Which end of a session this is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Client,
+    Server,
+}
+
 /// The ciphers of a session and the state of its keys.
 pub(super) struct Session {
+    end: End,
     suite: SupportedCipherSuite,
     /// What TLS 1.3 makes new keys of, for which TLS 1.2 has no means.
     secrets: Option<Secrets>,
@@ -123,6 +131,7 @@ impl From<Error> for Fatal {
 impl Session {
     /// Makes one of the keys that a handshake ended with, and the secrets that they came from.
     pub(super) fn new(
+        end: End,
         suite: SupportedCipherSuite,
         keys: ExtractedSecrets,
         secrets: Option<Secrets>,
@@ -130,6 +139,7 @@ impl Session {
         let (opened, opening) = keys.rx;
         let (sealed, sealing) = keys.tx;
         Ok(Self {
+            end,
             opener: decrypter(suite, opening)?,
             opened,
             sealer: encrypter(suite, sealing, sealed)?,
@@ -219,8 +229,15 @@ impl Session {
     }
 
     /// Takes messages of the handshake protocol: after a handshake of TLS 1.3 a client sends key updates only, each of
-    /// which ends with its record.
+    /// which ends with its record; a server may send tickets, which nobody here has a use for.
     fn take_message(&mut self, payload: &[u8]) -> Result<Opened<'static>, Fatal> {
+        if self.end == End::Client && self.message.is_empty() && is_ticket(payload) {
+            self.key_updates += 1;
+            if self.key_updates > KEY_UPDATES_MAX {
+                return Err(PeerMisbehaved::TooManyKeyUpdateRequests.into());
+            }
+            return Ok(Opened::Nothing);
+        }
         let start = std::mem::take(&mut self.message);
         let message = [&start, &payload[..payload.len().min(KEY_UPDATE + 1)]].concat();
         if message.first().is_some_and(|typ| *typ != u8::from(HandshakeType::KeyUpdate)) {
@@ -332,6 +349,13 @@ pub(super) fn record(records: &[u8]) -> Result<Option<(ContentType, usize)>, Inv
         return Err(InvalidMessage::MessageTooLarge);
     }
     Ok(Some((typ, size)))
+}
+
+/// Whether `payload` is one ticket for a later session (RFC 8446, section 4.6.1).
+fn is_ticket(payload: &[u8]) -> bool {
+    let Some(([typ, high, middle, low], ticket)) = payload.split_first_chunk() else { return false };
+    let size = u32::from_be_bytes([0, *high, *middle, *low]);
+    *typ == u8::from(HandshakeType::NewSessionTicket) && ticket.len() as u64 == u64::from(size)
 }
 
 pub(super) fn plain(typ: ContentType, payload: OutboundChunks<'_>) -> OutboundPlainMessage<'_> {

@@ -13,11 +13,11 @@ use std::{
     task::{Context, Poll, ready},
 };
 
-use rustls::ServerConfig;
+use rustls::{ClientConfig, ServerConfig, pki_types::ServerName};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
-    handshake::{Turns, broken, handshake, truncated},
+    handshake::{self, Done, Turns, broken, truncated},
     session::{COPY, Fatal, Opened, RECORD_MAX, Session, append},
 };
 
@@ -35,9 +35,9 @@ thread_local! {
     static OPENED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A TLS session over `S`, the server's end.
+/// A TLS session over `S`.
 pub struct TlsStream<S> {
-    socket: S,
+    pub(super) socket: S,
     pub(super) session: Session,
     /// The start of a record that is not whole.
     incoming: Vec<u8>,
@@ -60,27 +60,44 @@ pub struct TlsStream<S> {
 }
 
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
-    /// Does the handshake.
+    /// Does the server's part of the handshake.
     ///
     /// Its costly step waits for one of `turns`. Fails when the peer makes a mistake, or ends the connection. `config` must come from
     /// [`server_config`](super::server_config).
     pub async fn accept(mut socket: S, config: Arc<ServerConfig>, turns: Arc<Turns>) -> io::Result<Self> {
-        let (session, mut records, tickets) = handshake(&mut socket, config, &turns).await?;
+        let done = handshake::accept(&mut socket, config, &turns).await?;
+        Ok(Self::new(socket, done))
+    }
+
+    /// Does the client's part of the handshake, with a server that is to prove that it is `name`.
+    ///
+    /// Its last message leaves with the first payload. Fails like [`TlsStream::accept`]; a server that does not take the
+    /// client's certificate says so later. `config` must be made by `configure_client`.
+    pub(crate) async fn connect(
+        mut socket: S,
+        config: Arc<ClientConfig>,
+        name: ServerName<'static>,
+    ) -> io::Result<Self> {
+        let done = handshake::connect(&mut socket, config, name).await?;
+        Ok(Self::new(socket, done))
+    }
+
+    fn new(socket: S, Done { session, mut incoming, outgoing }: Done) -> Self {
         let mut stream = Self {
             socket,
             session,
             incoming: Vec::new(),
             opened: Vec::new(),
-            tickets: !tickets.is_empty(),
-            outgoing: tickets,
+            tickets: !outgoing.is_empty(),
+            outgoing,
             written: 0,
             answering: false,
             peer_closed: false,
             closed: false,
             failure: None,
         };
-        stream.open(&mut records, &mut ReadBuf::new(&mut []));
-        Ok(stream)
+        stream.open(&mut incoming, &mut ReadBuf::new(&mut []));
+        stream
     }
 
     /// Puts something else below.
