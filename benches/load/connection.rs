@@ -41,10 +41,15 @@ impl Scratch {
 impl Connection {
     /// Connects, and starts the TLS handshake if there is to be one.
     pub(crate) fn open(address: SocketAddr, tls: Option<&Arc<ClientConfig>>) -> Result<Self> {
+        Self::open_as("localhost", address, tls)
+    }
+
+    /// The same, asking for a server of another name.
+    pub(crate) fn open_as(name: &str, address: SocketAddr, tls: Option<&Arc<ClientConfig>>) -> Result<Self> {
         let socket = TcpStream::connect(address).with_context(|| format!("cannot connect to {address}"))?;
         let mut connection = Self::of(socket)?;
         if let Some(config) = tls {
-            let name = "localhost".try_into()?;
+            let name = name.to_owned().try_into()?;
             let mut tls = Box::new(ClientConnection::new(Arc::clone(config), name)?);
             tls.set_buffer_limit(Some(TLS_CHUNK));
             while tls.wants_write() {
@@ -70,18 +75,29 @@ impl Connection {
 
     /// Asks for an upgrade to WebSocket.
     pub(crate) fn request(&mut self, path: &str, ticket: Option<&str>) -> Result<()> {
+        let authorization =
+            ticket.map(|ticket| format!("Authorization: Bearer {ticket}\r\n")).unwrap_or_default();
+        self.request_with(path, &authorization)
+    }
+
+    /// The same with these headers, each with its end of line.
+    pub(crate) fn request_with(&mut self, path: &str, headers: &str) -> Result<()> {
+        let request = format!(
+            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
+             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n{headers}\r\n"
+        );
+        self.handshake()?;
+        self.send_all(request.as_bytes())?;
+        Ok(())
+    }
+
+    /// Does the TLS handshake to its end, on a blocking socket.
+    pub(crate) fn handshake(&mut self) -> Result<()> {
         if let Some(tls) = &mut self.tls {
             while tls.is_handshaking() {
                 tls.complete_io(&mut self.socket).context("TLS handshake")?;
             }
         }
-        let authorization =
-            ticket.map(|ticket| format!("Authorization: Bearer {ticket}\r\n")).unwrap_or_default();
-        let request = format!(
-            "GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: Upgrade\r\nUpgrade: websocket\r\n\
-             Sec-WebSocket-Version: 13\r\nSec-WebSocket-Key: AAAAAAAAAAAAAAAAAAAAAA==\r\n{authorization}\r\n"
-        );
-        self.send_all(request.as_bytes())?;
         Ok(())
     }
 

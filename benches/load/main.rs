@@ -3,6 +3,8 @@
 mod case;
 mod clock;
 mod connection;
+mod device;
+mod fleet;
 mod frames;
 mod gates;
 mod goals;
@@ -15,6 +17,7 @@ mod receiver;
 mod relays;
 mod report;
 mod rounds;
+mod scale;
 mod sender;
 mod suite;
 mod system;
@@ -75,6 +78,8 @@ enum Measurement {
     Gates,
     /// Everything, with the results written to files
     All(AllArguments),
+    /// Device links, handshakes, and the ways to the owner among one, two and four edges; needs redis-server
+    Scale(ScaleArguments),
     /// Write the results and the chart again, from results.json
     Report(FolderArguments),
 }
@@ -87,6 +92,26 @@ struct AllArguments {
     /// Other tunnels, too, from end to end
     #[arg(long)]
     peers: bool,
+    #[command(flatten)]
+    folder: FolderArguments,
+}
+
+#[derive(Debug, Args)]
+struct ScaleArguments {
+    #[arg(long, default_value_t = 7)]
+    rounds: usize,
+    /// Device links
+    #[arg(long, default_value_t = 15_000)]
+    links: usize,
+    /// Requests for streams
+    #[arg(long, default_value_t = 8000)]
+    handshakes: usize,
+    /// How long the links rest
+    #[arg(long, default_value_t = 60.0)]
+    rest_seconds: f64,
+    /// Length of a turn
+    #[arg(long, default_value_t = 1.0)]
+    seconds: f64,
     #[command(flatten)]
     folder: FolderArguments,
 }
@@ -255,6 +280,23 @@ fn run(arguments: Arguments) -> Result<()> {
         Measurement::Gates => gates::run(folder, certificate),
         Measurement::All(AllArguments { quick, peers, folder: results }) => {
             report::write(&suite::run(quick, peers, folder, certificate)?, &results.results)
+        }
+        Measurement::Scale(ScaleArguments {
+            rounds,
+            links,
+            handshakes,
+            rest_seconds,
+            seconds,
+            folder: results,
+        }) => {
+            let extent = scale::Extent {
+                rounds,
+                links,
+                handshakes,
+                rest: Duration::try_from_secs_f64(rest_seconds)?,
+                turn: Duration::try_from_secs_f64(seconds)?,
+            };
+            scale::run(extent, &results.results, folder, certificate)
         }
         Measurement::Report(FolderArguments { results: folder }) => {
             let file = folder.join("results.json");

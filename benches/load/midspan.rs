@@ -1,10 +1,11 @@
 //! `midspand edge`, started as a user starts it, and the tickets for it.
 
 use std::{
+    ffi::OsString,
     fs,
     io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::atomic::{AtomicU64, Ordering},
 };
@@ -77,14 +78,24 @@ impl Midspan {
         tls: Option<&Certificate>,
         under: Under<'_>,
     ) -> Result<Self> {
+        Self::start_with(folder, name, tls, under, &[])
+    }
+
+    /// The same with flags more.
+    pub(crate) fn start_with(
+        folder: &Path,
+        name: &str,
+        tls: Option<&Certificate>,
+        under: Under<'_>,
+        more: &[OsString],
+    ) -> Result<Self> {
         let key = Key::from_bytes((0..32).collect())?;
-        let key_file = folder.join("ticket.key");
-        fs::write(&key_file, key.to_base64().expose_secret())?;
+        let key_file = ticket_key_file(folder, &key)?;
         let mut command = match under {
             Under::Nothing => Command::new(sibling("midspand")?),
             Under::Callgrind(out) => {
                 let mut command = Command::new("valgrind");
-                let mut file = std::ffi::OsString::from("--callgrind-out-file=");
+                let mut file = OsString::from("--callgrind-out-file=");
                 file.push(out);
                 command.arg("--tool=callgrind").arg(file).arg(sibling("midspand")?);
                 command
@@ -110,7 +121,8 @@ impl Midspan {
             .arg(key_file)
             .arg("--activity-log")
             .arg(folder.join(format!("{name}.activity.jsonl")))
-            .args(LIMITS);
+            .args(LIMITS)
+            .args(more);
         match tls {
             Some(tls) => command.arg("--tls-certificate").arg(&tls.chain).arg("--tls-key").arg(&tls.key),
             None => command.arg("--insecure-plaintext"),
@@ -118,8 +130,11 @@ impl Midspan {
         let mut process = Process::start(command, folder, name)?;
         let address = process.find("public address", |log| listening(log, "public"))?;
         let admin = process.find("admin address", |log| listening(log, "admin"))?;
-        let (edge, incarnation) = incarnation(&metrics(admin)?).context("the metrics name no incarnation")?;
-        let owner = Owner { name: edge, incarnation, address: String::new() };
+        let (edge, incarnation) =
+            incarnation(&read_metrics(admin)?).context("the metrics name no incarnation")?;
+        let internal = process.find("log", |log| Some(listening(log, "internal")))?;
+        let internal = internal.map(|address| address.to_string()).unwrap_or_default();
+        let owner = Owner { name: edge, incarnation, address: internal };
         Ok(Self { process, address, keys: TicketKeys::new(&key, None)?, owner, next: AtomicU64::new(1) })
     }
 
@@ -146,8 +161,15 @@ impl Midspan {
     }
 }
 
+/// Writes the keys of tickets where processes find them.
+pub(crate) fn ticket_key_file(folder: &Path, key: &Key) -> Result<PathBuf> {
+    let file = folder.join("ticket.key");
+    fs::write(&file, key.to_base64().expose_secret())?;
+    Ok(file)
+}
+
 #[expect(clippy::disallowed_methods, reason = "tickets end at a time of day")]
-fn unix_now() -> UnixTime {
+pub(crate) fn unix_now() -> UnixTime {
     let since = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     UnixTime(since.map_or(0, |since| since.as_secs()))
 }
@@ -161,7 +183,8 @@ pub(crate) fn listening(log: &str, listener: &str) -> Option<SocketAddr> {
     })
 }
 
-fn metrics(admin: SocketAddr) -> Result<String> {
+/// What `/metrics` of an admin port says.
+pub(crate) fn read_metrics(admin: SocketAddr) -> Result<String> {
     let mut socket = TcpStream::connect(admin)?;
     socket.write_all(b"GET /metrics HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")?;
     let mut text = String::new();

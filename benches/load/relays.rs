@@ -8,13 +8,14 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use rustls::ClientConfig;
 
 use crate::{
     connection::{Connection, Received, Scratch},
+    fleet::Fleet,
     frames::Pattern,
-    midspan::{Midspan, Under},
+    midspan::{Invitation, Midspan, Under},
     process::{Process, sibling},
     system,
     systems::{self, System},
@@ -37,6 +38,7 @@ enum Kind {
     Tcp { process: Process, address: SocketAddr, listener: TcpListener },
     WebSocket { process: Process, address: SocketAddr },
     Midspan(Box<Midspan>),
+    Fleet(Box<Fleet>),
     System(Box<System>),
 }
 
@@ -74,7 +76,7 @@ impl Relay {
     pub(crate) fn stop(self) -> Result<()> {
         match self.kind {
             // What is left ends when it is dropped.
-            Kind::Direct(_) | Kind::System(_) => Ok(()),
+            Kind::Direct(_) | Kind::System(_) | Kind::Fleet(_) => Ok(()),
             Kind::Tcp { process, .. } | Kind::WebSocket { process, .. } => process.stop(),
             Kind::Midspan(midspan) => midspan.process.stop(),
         }
@@ -84,6 +86,9 @@ impl Relay {
         let listener = || TcpListener::bind(("127.0.0.1", 0)).context("cannot listen");
         let system = |start| Ok(Kind::System(Box::new(System::start(variant, start, folder, name)?)));
         let mut command = Command::new(sibling("peer")?);
+        if let (Some((edges, way)), Some(tls)) = (variant.edges(), tls) {
+            return Ok(Kind::Fleet(Box::new(Fleet::start(edges, way, folder, name, tls)?)));
+        }
         match variant {
             Variant::Direct => return Ok(Kind::Direct(listener()?)),
             Variant::Midspan | Variant::MidspanTls => {
@@ -105,6 +110,12 @@ impl Relay {
             Variant::TungsteniteForward => command.args(["tungstenite", "--forward"]),
             Variant::Fastwebsockets => command.arg("fastwebsockets"),
             Variant::FastwebsocketsBatched => command.args(["fastwebsockets", "--batch"]),
+            Variant::Edges2Straight
+            | Variant::Edges2Passed
+            | Variant::Edges2Forwarded
+            | Variant::Edges4Straight
+            | Variant::Edges4Passed
+            | Variant::Edges4Forwarded => bail!("edges need a certificate"),
         };
         if let Some(tls) = tls {
             command.arg("--tls-certificate").arg(&tls.chain).arg("--tls-key").arg(&tls.key);
@@ -113,10 +124,10 @@ impl Relay {
         Ok(Kind::WebSocket { address: process.address()?, process })
     }
 
-    /// The relay's process.
+    /// The relay's process, if there is exactly one.
     pub(crate) fn process(&self) -> Option<u32> {
         match &self.kind {
-            Kind::Direct(_) => None,
+            Kind::Direct(_) | Kind::Fleet(_) => None,
             Kind::Tcp { process, .. } | Kind::WebSocket { process, .. } => Some(process.id()),
             Kind::Midspan(midspan) => Some(midspan.process.id()),
             Kind::System(system) => Some(system.process()),
@@ -125,7 +136,14 @@ impl Relay {
 
     /// CPU time of the relay so far.
     pub(crate) fn cpu(&self) -> Result<Duration> {
-        self.process().map_or(Ok(Duration::ZERO), system::cpu)
+        match &self.kind {
+            Kind::Fleet(fleet) => fleet.cpu(),
+            Kind::Direct(_)
+            | Kind::Tcp { .. }
+            | Kind::WebSocket { .. }
+            | Kind::Midspan(_)
+            | Kind::System(_) => self.process().map_or(Ok(Duration::ZERO), system::cpu),
+        }
     }
 
     /// CPU time of what is between the relay and the ends so far.
@@ -157,30 +175,36 @@ impl Relay {
     }
 
     fn open_batch(&mut self, pairs: &mut Pairs, count: usize) -> Result<()> {
-        let invitations = self.invitations(count)?;
-        let (tls, mut scratch) = (self.tls.as_ref(), Scratch::new());
-        let first = pairs.senders.len();
-        for _ in 0..count {
-            let connect = |address: &SocketAddr| Connection::open(*address, tls);
-            let accept = |listener: &TcpListener| Connection::of(listener.accept()?.0);
-            let (sender, receiver) = match &self.kind {
-                Kind::Direct(listener) => (connect(&listener.local_addr()?)?, accept(listener)?),
-                Kind::Tcp { address, listener, .. } => (connect(address)?, accept(listener)?),
-                Kind::WebSocket { address, .. } => (connect(address)?, connect(address)?),
-                Kind::Midspan(midspan) => (connect(&midspan.address)?, connect(&midspan.address)?),
-                Kind::System(system) => system.open()?,
+        let (first, tls) = (pairs.senders.len(), self.tls.clone());
+        let legs: Vec<_> = (0..count).map(|_| self.legs()).collect::<Result<_>>()?;
+        let connect = |address| Connection::open(address, None);
+        for legs in &legs {
+            let (sender, receiver) = match (&self.kind, legs) {
+                (Kind::Direct(listener), _) => {
+                    (connect(listener.local_addr()?)?, Connection::of(listener.accept()?.0)?)
+                }
+                (Kind::Tcp { address, listener, .. }, _) => {
+                    (connect(*address)?, Connection::of(listener.accept()?.0)?)
+                }
+                (Kind::System(system), _) => system.open()?,
+                (_, Some(legs)) => {
+                    let connect = |leg: &Leg| Connection::open_as(&leg.name, leg.address, tls.as_ref());
+                    (connect(&legs[0])?, connect(&legs[1])?)
+                }
+                (_, None) => bail!("it takes no connections"),
             };
             pairs.senders.push(sender);
             pairs.receivers.push(receiver);
         }
         let (senders, receivers) = (&mut pairs.senders[first..], &mut pairs.receivers[first..]);
-        for ((sender, receiver), [service, device]) in
-            senders.iter_mut().zip(receivers.iter_mut()).zip(&invitations)
-        {
-            sender.request(&service.path, service.ticket.as_deref())?;
-            receiver.request(&device.path, device.ticket.as_deref())?;
+        for ((sender, receiver), legs) in senders.iter_mut().zip(receivers.iter_mut()).zip(&legs) {
+            if let Some([service, device]) = legs {
+                sender.request(&service.path, service.ticket.as_deref())?;
+                receiver.request(&device.path, device.ticket.as_deref())?;
+            }
         }
-        if !invitations.is_empty() {
+        let mut scratch = Scratch::new();
+        if legs.iter().any(Option::is_some) {
             for leg in senders.iter_mut().chain(receivers.iter_mut()) {
                 leg.answer(&mut scratch)?;
             }
@@ -188,26 +212,31 @@ impl Relay {
         Ok(())
     }
 
-    fn invitations(&mut self, count: usize) -> Result<Vec<[Leg; 2]>> {
-        match &self.kind {
-            Kind::Direct(_) | Kind::Tcp { .. } | Kind::System(_) => Ok(Vec::new()),
-            Kind::WebSocket { .. } => Ok((0..count)
-                .map(|_| {
-                    self.pairs += 1;
-                    ["a", "b"].map(|leg| Leg { path: format!("/{}/{leg}", self.pairs), ticket: None })
-                })
-                .collect()),
-            Kind::Midspan(midspan) => (0..count)
-                .map(|_| {
-                    let legs = midspan.invite()?;
-                    Ok(legs.map(|leg| Leg { path: leg.path, ticket: Some(leg.ticket) }))
-                })
-                .collect(),
-        }
+    /// Where the two legs of a new stream go: the service's, the device's. Nothing where they ask for no upgrade.
+    fn legs(&mut self) -> Result<Option<[Leg; 2]>> {
+        let local = |address, path, ticket| Leg { address, name: "localhost".to_owned(), path, ticket };
+        Ok(match &mut self.kind {
+            Kind::Direct(_) | Kind::Tcp { .. } | Kind::System(_) => None,
+            Kind::WebSocket { address, .. } => {
+                self.pairs += 1;
+                Some(["a", "b"].map(|leg| local(*address, format!("/{}/{leg}", self.pairs), None)))
+            }
+            Kind::Midspan(midspan) => {
+                let address = midspan.address;
+                Some(midspan.invite()?.map(|leg| local(address, leg.path, Some(leg.ticket))))
+            }
+            Kind::Fleet(fleet) => Some(fleet.invite()?.map(|entry| {
+                let Invitation { path, ticket } = entry.invitation;
+                Leg { address: entry.address, name: entry.name, path, ticket: Some(ticket) }
+            })),
+        })
     }
 }
 
 struct Leg {
+    address: SocketAddr,
+    /// What TLS asks for.
+    name: String,
     path: String,
     ticket: Option<String>,
 }

@@ -184,7 +184,7 @@ pub(crate) fn run(quick: bool, peers: bool, folder: &Path, certificate: &Certifi
     Ok(results)
 }
 
-fn machine() -> Machine {
+pub(crate) fn machine() -> Machine {
     let (cpu, cores, kernel) = system::machine();
     let compiler = Command::new("rustc").arg("--version").output();
     let compiler = compiler.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());

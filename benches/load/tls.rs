@@ -9,7 +9,10 @@ use std::{
 use anyhow::Result;
 use rustls::{ClientConfig, RootCertStore, client::Resumption};
 
-/// A self-signed certificate for `localhost`, in files.
+/// What the public names of edges end with.
+pub(crate) const OWNER_DOMAIN: &str = "streams.localhost";
+
+/// A self-signed certificate for `localhost` and the names of edges, in files.
 #[derive(Debug, Clone)]
 pub(crate) struct Certificate {
     pub(crate) chain: PathBuf,
@@ -19,7 +22,7 @@ pub(crate) struct Certificate {
 
 impl Certificate {
     pub(crate) fn new(folder: &Path) -> Result<Self> {
-        let made = rcgen::generate_simple_self_signed(["localhost".to_owned()])?;
+        let made = rcgen::generate_simple_self_signed(["localhost".to_owned(), format!("*.{OWNER_DOMAIN}")])?;
         let (chain, key) = (folder.join("tls.pem"), folder.join("tls.key"));
         fs::write(&chain, made.cert.pem())?;
         fs::write(&key, made.signing_key.serialize_pem())?;

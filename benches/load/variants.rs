@@ -18,6 +18,12 @@ pub(crate) enum Variant {
     Midspan,
     TungsteniteTls,
     MidspanTls,
+    Edges2Straight,
+    Edges2Passed,
+    Edges2Forwarded,
+    Edges4Straight,
+    Edges4Passed,
+    Edges4Forwarded,
     MidspanProxies,
     Wstunnel,
     Rathole,
@@ -26,8 +32,31 @@ pub(crate) enum Variant {
     Nginx,
 }
 
+/// How a leg comes to the edge that owns its stream.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Way {
+    /// It connects to the owner.
+    Straight,
+    /// It connects to any edge and asks for the owner by name; its connection is passed on below TLS.
+    Passed,
+    /// It connects to any edge, which reads its ticket and forwards it.
+    Forwarded,
+}
+
+impl Way {
+    pub(crate) const ALL: [Self; 3] = [Self::Straight, Self::Passed, Self::Forwarded];
+
+    pub(crate) fn name(self) -> &'static str {
+        match self {
+            Self::Straight => "straight",
+            Self::Passed => "passed",
+            Self::Forwarded => "forwarded",
+        }
+    }
+}
+
 impl Variant {
-    pub(crate) const ALL: [Self; 17] = [
+    pub(crate) const ALL: [Self; 23] = [
         Self::Direct,
         Self::TcpSplice,
         Self::TcpCopy,
@@ -39,6 +68,12 @@ impl Variant {
         Self::Midspan,
         Self::TungsteniteTls,
         Self::MidspanTls,
+        Self::Edges2Straight,
+        Self::Edges2Passed,
+        Self::Edges2Forwarded,
+        Self::Edges4Straight,
+        Self::Edges4Passed,
+        Self::Edges4Forwarded,
         Self::MidspanProxies,
         Self::Wstunnel,
         Self::Rathole,
@@ -64,6 +99,12 @@ impl Variant {
             Self::Midspan => "midspan",
             Self::TungsteniteTls => "tungstenite-tls",
             Self::MidspanTls => "midspan-tls",
+            Self::Edges2Straight => "edges-2-straight",
+            Self::Edges2Passed => "edges-2-passed",
+            Self::Edges2Forwarded => "edges-2-forwarded",
+            Self::Edges4Straight => "edges-4-straight",
+            Self::Edges4Passed => "edges-4-passed",
+            Self::Edges4Forwarded => "edges-4-forwarded",
             Self::MidspanProxies => "midspan-proxies",
             Self::Wstunnel => "wstunnel",
             Self::Rathole => "rathole",
@@ -86,6 +127,12 @@ impl Variant {
             Self::Midspan => "Midspan",
             Self::TungsteniteTls => "TLS: tokio-tungstenite, message by message",
             Self::MidspanTls => "TLS: Midspan",
+            Self::Edges2Straight => "TLS: 2 edges, legs straight to the owner",
+            Self::Edges2Passed => "TLS: 2 edges, passed on below TLS",
+            Self::Edges2Forwarded => "TLS: 2 edges, forwarded in one hop",
+            Self::Edges4Straight => "TLS: 4 edges, legs straight to the owner",
+            Self::Edges4Passed => "TLS: 4 edges, passed on below TLS",
+            Self::Edges4Forwarded => "TLS: 4 edges, forwarded in one hop",
             Self::MidspanProxies => "Midspan, with both local proxies",
             Self::Wstunnel => "wstunnel, which does not mask",
             Self::Rathole => "rathole",
@@ -101,11 +148,18 @@ impl Variant {
     }
 
     pub(crate) fn is_ours(self) -> bool {
-        matches!(self, Self::Midspan | Self::MidspanTls | Self::MidspanProxies)
+        matches!(self, Self::Midspan | Self::MidspanTls | Self::MidspanProxies) || self.edges().is_some()
     }
 
     pub(crate) fn is_tls(self) -> bool {
-        matches!(self, Self::TungsteniteTls | Self::MidspanTls)
+        matches!(self, Self::TungsteniteTls | Self::MidspanTls) || self.edges().is_some()
+    }
+
+    /// How many edges there are, and how legs come to the one that owns their stream; nothing for a relay of one process.
+    pub(crate) fn edges(self) -> Option<(usize, Way)> {
+        let (edges, way) = *self.name().strip_prefix("edges-")?.split_once('-').as_ref()?;
+        let way = Way::ALL.into_iter().find(|one| one.name() == way)?;
+        Some((edges.parse().ok()?, way))
     }
 
     /// Whether both legs connect to the relay and ask for WebSocket.
@@ -133,5 +187,18 @@ impl ValueEnum for Variant {
 
     fn to_possible_value(&self) -> Option<PossibleValue> {
         Some(PossibleValue::new(self.name()).help(self.title()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_tell_edges_and_ways() {
+        assert_eq!(Variant::Edges4Passed.edges(), Some((4, Way::Passed)));
+        let several = Variant::ALL.iter().filter(|variant| variant.edges().is_some());
+        assert_eq!(several.count(), 2 * Way::ALL.len());
+        assert_eq!(Variant::MidspanTls.edges(), None);
     }
 }

@@ -2,6 +2,7 @@
 
 pub(crate) mod json;
 pub(crate) mod markdown;
+pub(crate) mod scale;
 pub(crate) mod svg;
 pub(crate) mod text;
 
