@@ -15,6 +15,7 @@ mod fuzz_seeds;
 mod half_close;
 mod handshake;
 mod idle;
+mod kubernetes;
 mod legs;
 mod lifecycle;
 mod limits;

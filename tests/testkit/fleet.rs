@@ -113,6 +113,12 @@ impl Fleet {
         fleet
     }
 
+    /// One control replica more, with flags of its own.
+    pub async fn add_control(&mut self, arguments: &[&str]) {
+        let member = self.member("control", self.controls.len(), arguments).await;
+        self.controls.push(member);
+    }
+
     async fn member(&self, role: &str, number: usize, more: &[&str]) -> Member {
         let file = |name: &str| self.folder.path().join(name).to_str().unwrap().to_owned();
         let name = format!("{role}-{number}");

@@ -19,6 +19,7 @@ use midspan_platform::{
     activity::{ActivityLog, Subject},
     clock,
     internal::Calls,
+    kubernetes::Pods,
     lifecycle::Lifecycle,
     metrics::Metrics,
     owners::Owners,
@@ -92,6 +93,8 @@ pub struct ControlParts {
     pub owners: Arc<dyn Owners>,
     /// How other replicas are reached.
     pub calls: Arc<dyn Calls>,
+    /// Which edges Kubernetes calls ready.
+    pub pods: Watched<Pods>,
     /// Where initiations are recorded.
     pub activity: ActivityLog,
 }
@@ -142,6 +145,7 @@ impl Control {
         control.lifecycle.spawn(info_span!("lease"), Arc::clone(&control).keep_lease());
         control.lifecycle.spawn(info_span!("announce"), Arc::clone(&control).announce_links());
         control.lifecycle.spawn(info_span!("deny_list"), Arc::clone(&control).watch_deny_list());
+        control.lifecycle.spawn(info_span!("pods"), Arc::clone(&control).watch_pods(parts.pods));
         control
     }
 
@@ -185,9 +189,9 @@ impl Control {
     pub(crate) async fn look(&self) -> Result<Arc<View>, Problem> {
         let leases = |role| in_time(self.rendezvous.leases(role));
         let (edges, replicas) = tokio::join!(leases(ServerRole::Edge), leases(ServerRole::Control));
-        let view = Arc::new(View::new(edges?, replicas?, clock::now(), &self.view()));
-        self.view.send_replace(Arc::clone(&view));
-        Ok(view)
+        let (edges, replicas) = (edges?, replicas?);
+        self.view.send_modify(|view| *view = Arc::new(View::new(edges, replicas, clock::now(), view)));
+        Ok(self.view())
     }
 
     /// Whether it is worth while to ask the store for something that can wait.
@@ -310,6 +314,26 @@ impl Control {
             let ended = std::mem::take(&mut *self.ended_links.lock().unwrap_or_else(PoisonError::into_inner));
             for (address, generation) in ended {
                 self.link_down(address, generation).await;
+            }
+        }
+    }
+
+    async fn watch_pods(self: Arc<Self>, mut pods: Watched<Pods>) {
+        let (mut views, mut overruled) = (self.view.subscribe(), false);
+        loop {
+            tokio::select! {
+                pods = pods.changed() => self.view.send_modify(|view| *view = Arc::new(view.with_pods(pods))),
+                _ = views.changed() => {}
+                () = self.lifecycle.stopped().cancelled() => return,
+            }
+            let edges = views.borrow_and_update().overruled();
+            if (edges > 0) != overruled {
+                overruled = edges > 0;
+                if overruled {
+                    warn!(edges, "Kubernetes calls none of the edges ready: their leases alone decide");
+                } else {
+                    info!("edges are ready again, as Kubernetes says");
+                }
             }
         }
     }

@@ -2,17 +2,22 @@
 
 use std::{
     collections::HashSet,
+    sync::Arc,
     time::{Duration, Instant},
 };
 
 use midspan_core::{id::StreamId, placement, ticket::Owner};
-use midspan_platform::rendezvous::{Leases, ServerRole};
+use midspan_platform::{
+    kubernetes::Pods,
+    rendezvous::{Lease, Leases, ServerRole},
+};
 
-/// The leases of all processes of the relay.
-#[derive(Debug)]
+/// The processes of the relay: who has a lease, and what Kubernetes says of the edges' pods.
+#[derive(Debug, Clone)]
 pub(crate) struct View {
     pub(crate) edges: Leases,
     pub(crate) replicas: Leases,
+    pub(crate) pods: Arc<Pods>,
     pub(crate) seen: Instant,
 }
 
@@ -32,7 +37,7 @@ impl View {
     /// Nobody has been looked for yet.
     pub(crate) fn empty(now: Instant) -> Self {
         let nobody = || Leases { alive: Vec::new(), settled: false };
-        Self { edges: nobody(), replicas: nobody(), seen: now }
+        Self { edges: nobody(), replicas: nobody(), pods: Arc::default(), seen: now }
     }
 
     /// What was looked up after the view `before`.
@@ -43,8 +48,14 @@ impl View {
         Self {
             edges: with_missing(edges, &before.edges),
             replicas: with_missing(replicas, &before.replicas),
+            pods: Arc::clone(&before.pods),
             seen,
         }
+    }
+
+    /// The same with what Kubernetes says now.
+    pub(crate) fn with_pods(&self, pods: Arc<Pods>) -> Self {
+        Self { pods, ..self.clone() }
     }
 
     /// Whether the process `owner` is there.
@@ -68,10 +79,26 @@ impl View {
     }
 
     /// The edge that is to own a new stream. `None` when none can take it.
+    ///
+    /// One whose lease is alive and accepts, and which Kubernetes, where it is asked, calls ready. If that leaves nobody the
+    /// lease is enough: a Service that was named wrongly, or probes that fail everywhere, must not stop the relay.
     pub(crate) fn owner_of(&self, stream: StreamId) -> Option<Owner> {
-        let edges: Vec<_> = self.edges.alive.iter().filter(|lease| lease.accepts).collect();
+        let (ready, others) = self.candidates();
+        let edges = if ready.is_empty() { others } else { ready };
         let names: Vec<_> = edges.iter().map(|lease| lease.owner.name.as_str()).collect();
         placement::owner_of(stream, &names).map(|index| edges[index].owner.clone())
+    }
+
+    /// How many edges would take streams that Kubernetes does not call ready, when it calls none of them ready.
+    pub(crate) fn overruled(&self) -> usize {
+        let (ready, others) = self.candidates();
+        if ready.is_empty() { others.len() } else { 0 }
+    }
+
+    /// The edges whose leases accept streams: those that Kubernetes lets have some, and the others.
+    fn candidates(&self) -> (Vec<&Lease>, Vec<&Lease>) {
+        let accepting = self.edges.alive.iter().filter(|lease| lease.accepts);
+        accepting.partition(|lease| self.pods.may_take(&lease.owner.name))
     }
 
     /// How many links each other replica has that can take more.
@@ -94,7 +121,7 @@ fn with_missing(mut leases: Leases, before: &Leases) -> Leases {
 #[cfg(test)]
 mod tests {
     use midspan_core::id::Incarnation;
-    use midspan_platform::{clock, rendezvous::Lease};
+    use midspan_platform::clock;
 
     use super::*;
 
@@ -104,6 +131,7 @@ mod tests {
         let view = |settled| View {
             edges: Leases { alive: Vec::new(), settled: true },
             replicas: Leases { alive: vec![lease(1, true, 10)], settled },
+            pods: Arc::default(),
             seen: now,
         };
         let presence = |settled, owner, after| {
@@ -138,12 +166,45 @@ mod tests {
         let view = |edges: &[&Lease], replicas: &[&Lease]| View {
             edges: leases(edges),
             replicas: leases(replicas),
+            pods: Arc::default(),
             seen: clock::now(),
         };
         let stream = StreamId::from_random(1);
         assert_eq!(view(&[&full, &open], &[]).owner_of(stream), Some(open.owner.clone()));
         assert_eq!(view(&[&full], &[]).owner_of(stream), None);
         assert_eq!(view(&[], &[&full, &open, &own]).loads_beside(&own.owner), [20]);
+    }
+
+    #[test]
+    fn an_edge_needs_a_lease_and_kubernetes_has_a_say_unless_it_leaves_nobody() {
+        let (ready, leaving) = ((true, false), (false, true));
+        for (case, leases, pods, expected, overruled) in [
+            ("both are ready", [true, true], [Some(ready), Some(ready)], [1, 2].as_slice(), 0),
+            (
+                "one is terminating, and its lease does not know yet",
+                [true, true],
+                [Some(ready), Some(leaving)],
+                &[1],
+                0,
+            ),
+            ("one has gone without a word", [true, true], [None, Some(ready)], &[2], 0),
+            ("one is not ready yet", [true, true], [Some((false, false)), Some(ready)], &[2], 0),
+            ("a lease that is full counts", [false, true], [Some(ready), Some(ready)], &[2], 0),
+            ("nobody is ready", [true, true], [Some((false, false)), Some(leaving)], &[1, 2], 2),
+            ("the Service has no pods", [true, true], [None, None], &[1, 2], 2),
+            ("nobody is ready, and one has no room", [false, true], [Some(leaving), Some(leaving)], &[2], 1),
+            ("nobody has room", [false, false], [Some(ready), Some(ready)], &[], 0),
+        ] {
+            let alive = (1..).zip(leases).map(|(number, accepts)| lease(number, accepts, 0)).collect();
+            let pods = (1..).zip(pods).filter_map(|(number, pod)| Some((owner(number).name, pod?)));
+            let now = clock::now();
+            let view = View { edges: Leases { alive, settled: true }, ..View::empty(now) };
+            let view = view.with_pods(Arc::new(Pods::current(pods)));
+            let chosen: HashSet<_> =
+                (0..64).filter_map(|number| view.owner_of(StreamId::from_random(number))).collect();
+            assert_eq!(chosen, expected.iter().map(|&number| owner(number)).collect(), "{case}");
+            assert_eq!(view.overruled(), overruled, "{case}");
+        }
     }
 
     fn lease(number: u128, accepts: bool, load: u64) -> Lease {

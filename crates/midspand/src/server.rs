@@ -9,6 +9,7 @@ use midspan_platform::{
     admin::admin,
     http::Handler,
     internal::{Internal, InternalSettings},
+    kubernetes::{KubernetesMetrics, KubernetesSettings, KubernetesTiming, Pods},
     lifecycle::Lifecycle,
     listener::{Listener, ListenerMetrics, ListenerSettings},
     metrics::Metrics,
@@ -17,6 +18,7 @@ use midspan_platform::{
     },
     secrets::{SecretSettings, Secrets},
     tls::{self, TlsFiles},
+    watched::Watched,
 };
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use rustls::ServerConfig;
@@ -68,6 +70,7 @@ pub(crate) struct Process {
     pub(crate) secrets: Secrets,
     pub(crate) activity: ActivityLog,
     store_metrics: StoreMetrics,
+    kubernetes_metrics: KubernetesMetrics,
     admin: Listener,
     listener_metrics: ListenerMetrics,
 }
@@ -106,6 +109,7 @@ impl ServerSettings {
             activity: ActivityLog::start(self.activity_log.clone(), &lifecycle, &metrics).await?,
             admin: Listener::bind("admin", self.admin_listen)?.trusted(),
             store_metrics: StoreMetrics::new(&metrics),
+            kubernetes_metrics: KubernetesMetrics::new(&metrics),
             listener_metrics: ListenerMetrics::new(&metrics),
             lifecycle,
             metrics,
@@ -182,6 +186,11 @@ impl Process {
         }
         let metrics = self.store_metrics.clone();
         Ok(RedisRendezvous::start(settings, Timing::default(), metrics, &self.lifecycle)?)
+    }
+
+    /// Which edges Kubernetes calls ready, if it is asked.
+    pub(crate) async fn pods(&self, settings: &KubernetesSettings) -> anyhow::Result<Watched<Pods>> {
+        settings.start(KubernetesTiming::default(), self.kubernetes_metrics.clone(), &self.lifecycle).await
     }
 
     /// Begins to accept connections.

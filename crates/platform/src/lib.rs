@@ -9,6 +9,7 @@ pub mod clock;
 pub mod duration;
 pub mod http;
 pub mod internal;
+pub mod kubernetes;
 pub mod lifecycle;
 pub mod listener;
 pub mod metrics;

@@ -28,8 +28,10 @@ pub enum LogFormat {
 /// Starts logging. To be called once in a process.
 pub fn start(settings: &LogSettings) -> anyhow::Result<()> {
     let level = &settings.log_level;
-    // At `debug` and below, HTTP/2 would say a line for every frame. Who wants that asks for it by name.
-    let filter = if level.contains('=') { level.clone() } else { format!("{level},h2=info") };
+    // At `debug` and below, HTTP/2 would say a line for every frame. Of Kubernetes, `platform::kubernetes` says what there is
+    // to say: its client warns of each single failure, with what the server sent. Who wants that asks for it by name.
+    let quiet = if level.contains('=') { "" } else { "h2=info," };
+    let filter = format!("{quiet}kube_client=off,kube_runtime=off,{level}");
     let filter =
         EnvFilter::try_new(filter).with_context(|| format!("--log-level {level}: not a log filter"))?;
     let builder = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);

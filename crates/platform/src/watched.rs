@@ -1,4 +1,4 @@
-//! Files that are read again while the process runs.
+//! Files that are read again while the process runs, and what else changes meanwhile.
 
 use std::{path::PathBuf, sync::Arc, time::Duration};
 
@@ -8,7 +8,7 @@ use tracing::{Span, error, info};
 
 use crate::lifecycle::Lifecycle;
 
-/// The parsed contents of a file, always the newest that made sense.
+/// The newest of something, mostly the parsed contents of a file that made sense.
 #[derive(Debug, Clone)]
 pub struct Watched<T>(watch::Receiver<Arc<T>>);
 
@@ -63,6 +63,11 @@ impl<T: Send + Sync + 'static> Watched<T> {
             }
         });
         Ok(Self(receiver))
+    }
+
+    /// What somebody else keeps up to date.
+    pub(crate) fn kept_by(sender: &watch::Sender<Arc<T>>) -> Self {
+        Self(sender.subscribe())
     }
 
     /// Contents that never change.

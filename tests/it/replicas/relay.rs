@@ -34,6 +34,7 @@ use midspan_platform::{
     clock,
     http::{Handler, Peer, handler},
     internal::{CallError, Calls},
+    kubernetes::Pods,
     lifecycle::Lifecycle,
     listener::{Connection, serve_http},
     metrics::Metrics,
@@ -132,6 +133,7 @@ impl Relay {
             timing: Timing::default(),
             owners: Arc::new(RemoteOwners::new(Arc::clone(&calls))),
             calls,
+            pods: Watched::fixed(Pods::default()),
             activity,
         });
         self.mesh

@@ -10,6 +10,7 @@ use midspan_platform::{
     clock,
     http::handler,
     internal::{Calls, InternalSettings, NoCalls, answer_call},
+    kubernetes::KubernetesSettings,
     listener::Listener,
     owners::RemoteOwners,
     rendezvous::{RedisSettings, ServerRole, Timing},
@@ -33,6 +34,8 @@ pub(crate) struct ControlArguments {
     #[command(flatten)]
     redis: RedisSettings,
     #[command(flatten)]
+    kubernetes: KubernetesSettings,
+    #[command(flatten)]
     drain: DrainSettings,
     #[command(flatten)]
     pub(crate) log: LogSettings,
@@ -45,6 +48,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         internal,
         server: server_settings,
         redis,
+        kubernetes,
         drain,
         log: _,
     } = arguments;
@@ -67,6 +71,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         Some(port) => Arc::new(port.calls.clone()),
         None => Arc::new(NoCalls),
     };
+    let pods = process.pods(&kubernetes).await?;
     let control = Control::start(ControlParts {
         credentials: server_settings.secrets.credentials(credentials, &process.lifecycle).await?,
         settings,
@@ -80,6 +85,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
         timing: Timing::default(),
         owners: Arc::new(RemoteOwners::new(Arc::clone(&calls))),
         calls,
+        pods,
         activity: process.activity.clone(),
     });
     if let Some(port) = port {

@@ -14,10 +14,12 @@ use midspan_platform::{
     clock,
     http::handler,
     internal::NoCalls,
+    kubernetes::Pods,
     listener::Listener,
     owners::Owners,
     rendezvous::{MemoryRendezvous, Timing},
     telemetry::LogSettings,
+    watched::Watched,
 };
 
 use crate::{
@@ -108,6 +110,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         timing,
         owners: Arc::clone(&edge) as Arc<dyn Owners>,
         calls: Arc::new(NoCalls),
+        pods: Watched::fixed(Pods::default()),
         activity: process.activity.clone(),
     });
 

@@ -10,11 +10,10 @@ use std::{
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use rustls::{
-    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, RootCertStore, ServerConfig,
-    SignatureScheme,
+    CertificateError, ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
     client::{Resumption, danger::HandshakeSignatureValid, verify_server_name},
     crypto::aws_lc_rs,
-    pki_types::{CertificateDer, ServerName, UnixTime as PkiTime, pem::PemObject as _},
+    pki_types::{CertificateDer, ServerName, UnixTime as PkiTime},
     server::{
         ClientHello, ParsedCertificate, ResolvesServerCert, WebPkiClientVerifier,
         danger::{ClientCertVerified, ClientCertVerifier},
@@ -29,7 +28,7 @@ use crate::{
     clock,
     lifecycle::Lifecycle,
     rendezvous::ServerRole,
-    tls::{TlsFiles, TlsText, configure_client, configure_for},
+    tls::{TlsFiles, TlsText, configure_client, configure_for, roots},
 };
 
 /// The certificate of this process and the CA of all, always the newest that made sense.
@@ -124,14 +123,7 @@ impl Text {
             files.certificate.display(),
             name_of(role)
         );
-        let mut roots = RootCertStore::empty();
-        for certificate in CertificateDer::pem_slice_iter(&self.ca) {
-            let certificate =
-                certificate.with_context(|| format!("the internal CA {} is not PEM", ca.display()))?;
-            roots.add(certificate).with_context(|| format!("the internal CA {} is broken", ca.display()))?;
-        }
-        anyhow::ensure!(!roots.is_empty(), "the internal CA {} holds no certificate", ca.display());
-        let roots = Arc::new(roots);
+        let roots = Arc::new(roots("the internal CA", ca, &self.ca)?);
         let provider = Arc::new(aws_lc_rs::default_provider());
         let callers =
             WebPkiClientVerifier::builder_with_provider(Arc::clone(&roots), Arc::clone(&provider)).build()?;

@@ -203,6 +203,18 @@ impl TlsText {
     }
 }
 
+/// The CAs in the PEM text of `file`, which errors call `what`.
+pub(crate) fn roots(what: &str, file: &Path, pem: &[u8]) -> anyhow::Result<RootCertStore> {
+    let file = file.display();
+    let mut roots = RootCertStore::empty();
+    for certificate in CertificateDer::pem_slice_iter(pem) {
+        let certificate = certificate.with_context(|| format!("{what} {file} is not PEM"))?;
+        roots.add(certificate).with_context(|| format!("{what} {file} is broken"))?;
+    }
+    anyhow::ensure!(!roots.is_empty(), "{what} {file} holds no certificate");
+    Ok(roots)
+}
+
 /// Says whether a certificate is valid now, and since or until when when it is not.
 fn check_validity(certificate: &CertificateDer<'_>, now: UnixTime) -> anyhow::Result<()> {
     let parsed = ParsedCertificate::try_from(certificate)?;
