@@ -63,7 +63,12 @@ https://{{ .Values.publicHost }}
 {{- if or .Values.tls.enabled .Values.ingress.enabled .Values.gateway.enabled (hasPrefix "https:" .Values.edgeUrl) }}yes{{ end -}}
 {{- end -}}
 
-{{- /* Where a certificate of the chart's own is: the names of the Secrets. */ -}}
+{{- /* Whether the chart makes the public certificate. */ -}}
+{{- define "midspan.ownCertificate" -}}
+{{- if and .Values.tls.enabled (not (or .Values.tls.existingSecret .Values.tls.certManager.issuer)) }}yes{{ end -}}
+{{- end -}}
+
+{{- /* The Secrets with the certificates of the public and of the internal ports. */ -}}
 {{- define "midspan.tlsSecret" -}}
 {{- .Values.tls.existingSecret | default (printf "%s-tls" (include "midspan.name" .)) -}}
 {{- end -}}
@@ -177,7 +182,7 @@ imagePullSecrets:
 {{- $names := list -}}
 {{- with .Values.publicHost }}{{ $names = list . }}{{ end -}}
 {{- if .Values.publicHost }}{{ $names = append $names (include "midspan.edgeHost" .) }}{{ end -}}
-{{- if not (or .Values.tls.certManager.issuer) -}}
+{{- if include "midspan.ownCertificate" . -}}
 {{- range $role := list "control" "edge" -}}
 {{- $service := printf "%s-%s" (include "midspan.name" $) $role -}}
 {{- $names = concat $names (list $service (printf "%s.%s" $service $.Release.Namespace) (printf "%s.%s.svc" $service $.Release.Namespace) (printf "%s.%s.svc.cluster.local" $service $.Release.Namespace)) -}}

@@ -26,7 +26,7 @@ All templates share one answer, kept beside the values.
 {{- end -}}
 {{- $_ := set $keys "credentials.json" (toPrettyJson $credentials) -}}
 {{- end -}}
-{{- if and .Values.tls.enabled (not .Values.tls.existingSecret) (not .Values.tls.certManager.issuer) (not (hasKey $keys "ca.key")) -}}
+{{- if and (include "midspan.ownCertificate" .) (not (hasKey $keys "ca.key")) -}}
 {{- $missing = true -}}
 {{- $ca := genCAWithKey (printf "%s CA" (include "midspan.name" .)) 3650 (genPrivateKey "ecdsa") -}}
 {{- $_ := set $keys "ca.crt" $ca.Cert -}}
@@ -69,7 +69,7 @@ helm/midspan/README.md ("Without helm install") has the commands that make them.
 {{ end -}}
 {{- if not .credentials.existingSecret }}  credentials.existingSecret (credentials.json)
 {{ end -}}
-{{- if and .tls.enabled (not .tls.existingSecret) (not .tls.certManager.issuer) }}  tls.existingSecret (tls.crt, tls.key), or tls.certManager.issuer
+{{- if include "midspan.ownCertificate" $ }}  tls.existingSecret (tls.crt, tls.key), or tls.certManager.issuer
 {{ end -}}
 {{- if and (not .internalTls.control.existingSecret) (not .internalTls.certManager.issuer) }}  internalTls.control.existingSecret and internalTls.edge.existingSecret (ca.crt, tls.crt, tls.key), or internalTls.certManager.issuer
 {{ end -}}
