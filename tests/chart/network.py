@@ -32,14 +32,13 @@ def ends(documents, namespace="relay"):
 
 def allowed(documents, source, target, port, protocol="TCP", namespace="relay"):
     """Whether a connection may be made: the policies of both ends must allow it; an end that no policy selects allows everything."""
+    return all(passes(documents, direction, source, target, port, protocol, namespace) for direction in ("Egress", "Ingress"))
+
+
+def passes(documents, direction, source, target, port, protocol="TCP", namespace="relay"):
+    """Whether the policies of one end allow it: of the source for egress, of the target for ingress."""
     policies = [it["spec"] for it in documents if it["kind"] == "NetworkPolicy"]
-    return all(
-        passes(policies, direction, own, other, target, port, protocol, namespace)
-        for direction, own, other in (("Egress", source, target), ("Ingress", target, source))
-    )
-
-
-def passes(policies, direction, own, other, target, port, protocol, namespace):
+    own, other = (source, target) if direction == "Egress" else (target, source)
     of_own = [it for it in policies if own.namespace == namespace and direction in it["policyTypes"] and selects(it["podSelector"], own.labels)]
     if not of_own:
         return True

@@ -3,7 +3,7 @@
 import unittest
 
 from chart import CHART, RENDERED_ONLY, render
-from network import End, allowed, ends
+from network import End, allowed, ends, passes
 
 INTERNET = End("internet", address="203.0.113.7")
 API_SERVER = End("api-server", address="172.16.0.1")
@@ -81,6 +81,22 @@ class Connections(unittest.TestCase):
         # Those of the relay are not named either.
         expected -= TEST
         self.check(expected, values={"networkPolicy": {"publicFrom": [{"ipBlock": {"cidr": "203.0.113.0/24"}}]}})
+
+    def test_neither_end_allows_more_than_the_other_needs(self):
+        documents = render(RENDERED_ONLY, CHART / "ci" / "balancer-owner.yaml")
+        relay = ends(documents)
+        # What is open to or from everybody, and so to those of the relay.
+        everybody = {"Egress": {53, 443, 6443}, "Ingress": {8443, 8444}}
+        needed = INTERNAL | OWNER | BUNDLED_REDIS | TEST
+        for direction, ports in everybody.items():
+            found = {
+                (source.name, target.name, port)
+                for source in relay
+                for target in relay
+                for port in PORTS
+                if port not in ports and passes(documents, direction, source, target, port)
+            }
+            self.assertEqual(found, {it for it in needed if it[2] not in ports}, direction)
 
     def test_names_are_looked_up_over_udp_too(self):
         documents = render(RENDERED_ONLY)
