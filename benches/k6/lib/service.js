@@ -1,0 +1,247 @@
+// Services: open streams, talk to the devices, close them, and count what did not go as it should.
+import exec from 'k6/execution';
+import http from 'k6/http';
+import { WebSocket } from 'k6/experimental/websockets';
+
+import { counts, echo, handshake } from './figures.js';
+import { base } from './settings.js';
+import { deviceId, signAsService } from './sas.js';
+
+const OPEN = 1;
+const DRAINING = 1012;
+// How long a stream, an echo or an end may take before it is given up.
+const PATIENCE_MS = 15000;
+
+// A service that knows how long it will be there, so that its signature lasts as long.
+export class Service {
+  constructor(seconds, devices, grace) {
+    this.headers = { Authorization: signAsService(seconds + 60), 'Content-Type': 'application/json' };
+    this.devices = devices;
+    this.grace = grace;
+    this.complaints = 0;
+  }
+
+  // A stream to any device, tried twice; `undefined` when both tries failed. Something has come back through it.
+  async open() {
+    for (const last of [false, true]) {
+      try {
+        return await this.openOnce(deviceId(Math.floor(Math.random() * this.devices)));
+      } catch (failure) {
+        this.complain(failure);
+        if (last || !failure.mayRetry) {
+          break;
+        }
+        counts.retries.add(1);
+        await sleep(Math.min(failure.pause || 0, 5) * 1000 + 200 * Math.random());
+      }
+    }
+    counts.failed.add(1);
+    return undefined;
+  }
+
+  async openOnce(device) {
+    const asked = Date.now();
+    const url = `${base}/v1/devices/${encodeURIComponent(device)}/streams`;
+    const answer = await http.asyncRequest('POST', url, '{"name":"load"}', {
+      headers: this.headers,
+      tags: { name: 'open stream' },
+      timeout: '60s',
+    });
+    if (answer.status !== 201) {
+      throw refusal(answer);
+    }
+    const { url: leg, ticket } = answer.json();
+    const stream = new Stream(leg, ticket, asked);
+    try {
+      await stream.echo('first');
+    } catch (failure) {
+      stream.close();
+      throw failure;
+    }
+    handshake.add(stream.answered - asked);
+    counts.streams.add(1);
+    return stream;
+  }
+
+  // Sends messages through a stream until `end`, with pauses in between, and closes it; tells whether it stood until then.
+  async talk(stream, end, pause, bytes) {
+    const filling = 'x'.repeat(bytes);
+    let sound = true;
+    for (let number = 0; sound && !stream.end && Date.now() < end; number += 1) {
+      try {
+        echo.add(await stream.echo(`${number} ${filling}`.slice(0, bytes)));
+        if (pause > 0) {
+          await within(Math.min(pause * 1000, end - Date.now()), stream.ended);
+        }
+      } catch (failure) {
+        sound = false;
+      }
+    }
+    sound = sound && !stream.end;
+    if (!sound) {
+      this.account(stream);
+    }
+    await stream.close();
+    return sound;
+  }
+
+  // Keeps one stream after the other until `until`, each for `life` seconds at most.
+  async keep({ until, life, pause, bytes }) {
+    while (Date.now() < until) {
+      const stream = await this.open();
+      if (!stream) {
+        return;
+      }
+      const stood = await this.talk(stream, Math.min(until, Date.now() + life() * 1000), pause, bytes());
+      counts.held.add(stood && Date.now() >= until ? 1 : 0);
+    }
+  }
+
+  // A stream that ended by itself: the relay may have gone away, but only after its grace.
+  account(stream) {
+    const age = (Date.now() - stream.asked) / 1000;
+    const { code, text } = stream.end || { text: 'no answer' };
+    if (code === DRAINING && age >= this.grace) {
+      counts.drained.add(1);
+    } else {
+      counts.cut.add(1);
+      this.complain(new Error(`a stream was cut after ${age.toFixed(1)} s: ${code || ''} ${text}`));
+    }
+  }
+
+  complain(failure) {
+    this.complaints += 1;
+    if (this.complaints <= 3) {
+      console.warn(failure.message);
+    }
+  }
+}
+
+// The scenario that keeps so many streams for `seconds`; some share the event loop of one virtual user.
+export function keepScenario(streams, seconds, settle) {
+  return {
+    exec: 'services',
+    executor: 'per-vu-iterations',
+    vus: Math.min(streams, Math.max(4, Math.ceil(streams / 25))),
+    iterations: 1,
+    startTime: `${settle}s`,
+    maxDuration: `${Math.ceil(seconds) + 60}s`,
+  };
+}
+
+// A virtual user of that scenario. Streams are opened at a rate; `life` and `bytes` are asked for each of them.
+export async function runServices(service, { streams, rate, seconds, pause, life, bytes }) {
+  const { vus } = exec.test.options.scenarios.services;
+  const until = exec.scenario.startTime + seconds * 1000;
+  const kept = [];
+  for (let number = exec.scenario.iterationInTest; number < streams; number += vus) {
+    const turn = exec.scenario.startTime + (number / rate) * 1000;
+    kept.push(sleep(turn - Date.now()).then(() => service.keep({ until, life, pause, bytes })));
+  }
+  await Promise.all(kept);
+}
+
+// The service's leg of a stream. One message is on its way at a time.
+class Stream {
+  constructor(url, ticket, asked) {
+    this.asked = asked;
+    this.end = undefined;
+    this.closing = false;
+    this.waiting = undefined;
+    this.socket = new WebSocket(url, null, { headers: { Authorization: `Bearer ${ticket}` }, tags: { name: 'service leg' } });
+    this.opened = new Promise((resolve) => {
+      this.socket.onopen = resolve;
+    });
+    this.ended = new Promise((resolve) => {
+      this.socket.onerror = (event) => {
+        this.failure = event.error;
+      };
+      this.socket.onclose = () => {
+        this.end = how(this.failure);
+        resolve();
+        this.settle(new Error(`the stream ended: ${this.end.text}`));
+      };
+    });
+    this.socket.onmessage = (event) => this.settle(undefined, event);
+  }
+
+  // Sends a text and gives the milliseconds until it is back, as the script sees them.
+  async echo(text) {
+    await Promise.race([this.opened, this.ended]);
+    const event = await new Promise((resolve, reject) => {
+      const timer = setTimeout(() => this.settle(new Error(`no echo within ${PATIENCE_MS} ms`)), PATIENCE_MS);
+      this.waiting = { resolve, reject, timer };
+      if (this.socket.readyState !== OPEN) {
+        this.settle(new Error(`the leg did not open: ${this.failure || 'it was closed'}`));
+        return;
+      }
+      this.sent = exec.instance.currentTestRunDuration;
+      this.socket.send(text);
+    });
+    this.answered = Date.now();
+    const took = exec.instance.currentTestRunDuration - this.sent;
+    if (event.data !== text) {
+      counts.wrong.add(1);
+    }
+    counts.bytes.add(text.length);
+    return took;
+  }
+
+  settle(failure, event) {
+    const { waiting } = this;
+    this.waiting = undefined;
+    if (!waiting) {
+      // Something that nobody asked for.
+      counts.wrong.add(event && !this.closing ? 1 : 0);
+      return;
+    }
+    clearTimeout(waiting.timer);
+    if (failure) {
+      waiting.reject(Object.assign(failure, { mayRetry: true }));
+    } else {
+      waiting.resolve(event);
+    }
+  }
+
+  // Closes it, and waits for the relay's close.
+  async close() {
+    this.closing = true;
+    if (this.socket.readyState === OPEN) {
+      this.socket.close(1000, 'done');
+    }
+    await within(PATIENCE_MS, this.ended);
+  }
+}
+
+// Code and text of a close frame, which k6 tells as the text of an error, and for 1000 and 1001 not at all.
+function how(failure) {
+  const [, code, text] = /close (\d+)[^:]*(?:: (.*))?$/.exec(failure || '') || [];
+  return { code: Number(code) || undefined, text: text || failure || 'closed' };
+}
+
+// 503 may be tried again, and so may what no answer came to.
+function refusal(answer) {
+  const problem = (answer.body && /json/.test(answer.headers['Content-Type']) && answer.json()) || {};
+  const failure = new Error(`no stream: ${answer.status} ${problem.detail || answer.error}`);
+  return Object.assign(failure, {
+    mayRetry: [0, 410, 502, 503].includes(answer.status),
+    pause: problem.retry_after_seconds,
+  });
+}
+
+// Waits for a promise, but not for longer than this. No timer is left behind: an iteration lasts until its last timer.
+function within(milliseconds, promise) {
+  return new Promise((resolve) => {
+    const timer = setTimeout(resolve, milliseconds);
+    promise.then(() => {
+      clearTimeout(timer);
+      resolve();
+    });
+  });
+}
+
+function sleep(milliseconds) {
+  return new Promise((resolve) => {
+    setTimeout(resolve, Math.max(0, milliseconds));
+  });
+}
