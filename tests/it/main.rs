@@ -2,6 +2,7 @@
 #![expect(clippy::unwrap_used, clippy::expect_used, clippy::panic, reason = "a test fails by a panic")]
 
 mod api;
+mod balancers;
 mod cli;
 mod conformance;
 mod credentials;
@@ -19,6 +20,7 @@ mod kubernetes;
 mod legs;
 mod lifecycle;
 mod limits;
+mod load;
 mod python;
 mod rendezvous;
 mod replicas;

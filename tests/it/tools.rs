@@ -17,6 +17,11 @@ pub(crate) fn program(name: &str) -> Option<PathBuf> {
     found.into_iter().find(|path| path.is_file()).or_else(|| skip(name))
 }
 
+/// A file that comes with a program, or `None` as above.
+pub(crate) fn file(path: &str) -> Option<PathBuf> {
+    Some(PathBuf::from(path)).filter(|path| path.is_file()).or_else(|| skip(path))
+}
+
 /// The Python that has the packages of `scripts/python-tools.txt`.
 pub(crate) fn python() -> Option<PathBuf> {
     let path = repository().join("target/tools/venv/bin/python");
@@ -25,6 +30,11 @@ pub(crate) fn python() -> Option<PathBuf> {
         import.is_ok_and(|output| output.status.success())
     };
     Some(path).filter(has_packages).or_else(|| skip("Python with the package websockets"))
+}
+
+/// The load generator of `benches/k6`.
+pub(crate) fn k6() -> Option<PathBuf> {
+    Some(repository().join("target/tools/venv/bin/k6")).filter(|path| path.is_file()).or_else(|| skip("k6"))
 }
 
 /// The root of the repository.

@@ -62,6 +62,17 @@ pub struct Member {
     open: Arc<AtomicBool>,
 }
 
+/// Flags of a fleet's processes, beside those that they need.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Flags<'a> {
+    /// For every process.
+    pub all: &'a [&'a str],
+    /// For control replicas.
+    pub control: &'a [&'a str],
+    /// For edges.
+    pub edge: &'a [&'a str],
+}
+
 /// When a process was restarted.
 #[derive(Debug, Clone, Copy)]
 pub struct Rolled {
@@ -81,7 +92,12 @@ impl Fleet {
     }
 
     /// The same with flags more for every process.
-    pub async fn with(controls: usize, edges: usize, arguments: &[&str]) -> Self {
+    pub async fn with(controls: usize, edges: usize, all: &[&str]) -> Self {
+        Self::with_flags(controls, edges, Flags { all, ..Flags::default() }).await
+    }
+
+    /// The same with flags for each role.
+    pub async fn with_flags(controls: usize, edges: usize, flags: Flags<'_>) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let redis = RedisServer::start(&[]);
         let (group_key, service_key) = (key(1), key(2));
@@ -103,11 +119,11 @@ impl Fleet {
         };
         let mut fleet = Self { redis, controls: Vec::new(), edges: Vec::new(), folder, group_key, service };
         for number in 0..edges {
-            let member = fleet.member("edge", number, arguments).await;
+            let member = fleet.member("edge", number, &[flags.all, flags.edge].concat()).await;
             fleet.edges.push(member);
         }
         for number in 0..controls {
-            let member = fleet.member("control", number, arguments).await;
+            let member = fleet.member("control", number, &[flags.all, flags.control].concat()).await;
             fleet.controls.push(member);
         }
         fleet
@@ -129,8 +145,6 @@ impl Fleet {
         let redis = self.redis.url();
         let mut arguments: Vec<String> = [
             role,
-            "--admin-listen",
-            "127.0.0.1:0",
             "--internal-listen",
             "127.0.0.1:0",
             "--internal-ca",
@@ -166,12 +180,13 @@ impl Fleet {
                     &credentials,
                     "--public-host",
                     HOST,
-                    "--edge-url",
-                    "https://localhost",
                     "--limit-initiations-per-second",
                     "10000",
                 ];
                 arguments.extend(flags.map(str::to_owned));
+                if !more.contains(&"--edge-url") {
+                    arguments.extend(["--edge-url", "https://localhost"].map(str::to_owned));
+                }
             }
             _ => arguments.extend(["--edge-name", &name].map(str::to_owned)),
         }
@@ -180,7 +195,8 @@ impl Fleet {
         }
         arguments.extend(more.iter().map(|&flag| flag.to_owned()));
         let tls = trusting(&self.ca_file());
-        Member::start(name, arguments, "127.0.0.1:0", tls, Arc::new(AtomicBool::new(true))).await
+        let any = "127.0.0.1:0";
+        Member::start(name, arguments, [any, any], tls, Arc::new(AtomicBool::new(true))).await
     }
 
     /// What clients see of it: they come in at any process that is open to them.
@@ -201,9 +217,24 @@ impl Fleet {
         ConnectionString { host: HOST.to_owned(), identity: Identity::Device(address), key }
     }
 
+    /// The connection string of the service.
+    pub fn service_connection(&self) -> &ConnectionString {
+        &self.service
+    }
+
+    /// The key from which devices' keys are derived.
+    pub fn group_key(&self) -> &Key {
+        &self.group_key
+    }
+
     /// The CA of everything here.
     pub fn ca_file(&self) -> PathBuf {
         self.folder.path().join("ca.pem")
+    }
+
+    /// The certificate of the public ports, and its key. It is good for `localhost` and `streams.localhost`.
+    pub fn public_files(&self) -> [PathBuf; 2] {
+        ["public.pem", "public.key"].map(|name| self.folder.path().join(name))
     }
 
     /// A link of `device` with one of the control replicas.
@@ -261,12 +292,12 @@ impl Member {
     async fn start(
         name: String,
         arguments: Vec<String>,
-        listen: &str,
+        [listen, admin_listen]: [&str; 2],
         tls: Arc<rustls::ClientConfig>,
         open: Arc<AtomicBool>,
     ) -> Self {
         let mut command = binary("midspand");
-        command.args(&arguments).args(["--listen", listen]);
+        command.args(&arguments).args(["--listen", listen, "--admin-listen", admin_listen]);
         let process = Process::spawn(command);
         let (address, admin) = (listening(&process, "public").await, listening(&process, "admin").await);
         let target = Target { address, authority: HOST.to_owned(), tls };
@@ -276,6 +307,11 @@ impl Member {
     /// Everything on standard error so far.
     pub fn log(&self) -> String {
         self.process.stderr()
+    }
+
+    /// Its admin port.
+    pub fn admin(&self) -> SocketAddr {
+        self.admin
     }
 
     /// What it measures now.
@@ -304,12 +340,12 @@ impl Member {
         self.process.wait_exit().await
     }
 
-    /// Starts it again after its end, under the same name and on the same public port.
+    /// Starts it again after its end, under the same name and on the same ports.
     pub async fn restart(&mut self) {
         let (name, arguments) = (self.name.clone(), self.arguments.clone());
-        let listen = self.target.address.to_string();
+        let (listen, admin) = (self.target.address.to_string(), self.admin.to_string());
         let (tls, open) = (Arc::clone(&self.target.tls), Arc::clone(&self.open));
-        *self = Self::start(name, arguments, &listen, tls, open).await;
+        *self = Self::start(name, arguments, [&listen, &admin], tls, open).await;
     }
 
     /// Restarts it as a roll does: SIGTERM, its own end, a new process. Nobody new is sent to it while it says that it is not ready.
@@ -343,11 +379,15 @@ fn make_certificates(folder: &Path) {
     let certificate = parameters.self_signed(&key).unwrap();
     fs::write(folder.join("ca.pem"), certificate.pem()).unwrap();
     let issuer = Issuer::new(parameters, key);
-    for (file, name) in
-        [("public", HOST), ("control", "control.midspan.internal"), ("edge", "edge.midspan.internal")]
-    {
+    let certificates: [(&str, &[&str]); 3] = [
+        ("public", &[HOST, "streams.localhost"]),
+        ("control", &["control.midspan.internal"]),
+        ("edge", &["edge.midspan.internal"]),
+    ];
+    for (file, names) in certificates {
         let key = KeyPair::generate().unwrap();
-        let parameters = CertificateParams::new([name.to_owned()]).unwrap();
+        let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
+        let parameters = CertificateParams::new(names).unwrap();
         let certificate = parameters.signed_by(&key, &issuer).unwrap();
         fs::write(folder.join(format!("{file}.pem")), certificate.pem()).unwrap();
         fs::write(folder.join(format!("{file}.key")), key.serialize_pem()).unwrap();

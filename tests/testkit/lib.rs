@@ -36,7 +36,7 @@ use std::{
 };
 
 pub use api::{Answer, ServiceApi};
-pub use fleet::{Devices, End, Entrances, Failure, Fleet, Member, Rolled, Seen, Session};
+pub use fleet::{Devices, End, Entrances, Failure, Flags, Fleet, Member, Rolled, Seen, Session};
 pub use flow::{FlowLeg, FlowReader, FlowWriter, Incoming};
 pub use frame::Frame;
 pub use kubernetes::{ApiServer, Asked, Mood, conditions};
