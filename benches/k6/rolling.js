@@ -21,7 +21,7 @@ export const options = Object.assign({}, common, {
       rate,
       duration: `${Math.floor(duration)}s`,
       startTime: `${settle + streams / rate}s`,
-      preAllocatedVUs: Math.ceil(2 * rate),
+      preAllocatedVUs: Math.ceil(4 * rate),
       maxVUs: Math.ceil(8 * rate),
     },
   },

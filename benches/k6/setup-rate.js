@@ -16,7 +16,7 @@ export const options = Object.assign({}, common, {
       rate,
       duration: `${duration}s`,
       startTime: `${settle}s`,
-      preAllocatedVUs: Math.ceil(rate),
+      preAllocatedVUs: Math.ceil(2 * rate),
       maxVUs: Math.ceil(4 * rate),
     },
   },

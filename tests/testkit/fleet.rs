@@ -18,7 +18,7 @@ use midspan_core::{
     key::Key,
     ticket::TicketKeys,
 };
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
+use rcgen::{BasicConstraints, CertificateParams, DistinguishedName, DnType, IsCa, Issuer, KeyPair};
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
@@ -387,7 +387,10 @@ fn make_certificates(folder: &Path) {
     for (file, names) in certificates {
         let key = KeyPair::generate().unwrap();
         let names: Vec<_> = names.iter().map(|&name| name.to_owned()).collect();
-        let parameters = CertificateParams::new(names).unwrap();
+        let mut parameters = CertificateParams::new(names).unwrap();
+        // OpenSSL takes a certificate whose subject is its issuer's for one that has signed itself.
+        parameters.distinguished_name = DistinguishedName::new();
+        parameters.distinguished_name.push(DnType::CommonName, file);
         let certificate = parameters.signed_by(&key, &issuer).unwrap();
         fs::write(folder.join(format!("{file}.pem")), certificate.pem()).unwrap();
         fs::write(folder.join(format!("{file}.key")), key.serialize_pem()).unwrap();

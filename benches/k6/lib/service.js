@@ -75,6 +75,10 @@ export class Service {
         }
       } catch (failure) {
         sound = false;
+        if (stream.socket.readyState !== OPEN) {
+          // Its end is about to be told.
+          await within(PATIENCE_MS, stream.ended);
+        }
       }
     }
     sound = sound && !stream.end;
@@ -100,7 +104,7 @@ export class Service {
   // A stream that ended by itself: the relay may have gone away, but only after its grace.
   account(stream) {
     const age = (Date.now() - stream.asked) / 1000;
-    const { code, text } = stream.end || { text: 'no answer' };
+    const { code, text } = stream.end || { text: 'it still stands, but nothing comes back' };
     if (code === DRAINING && age >= this.grace) {
       counts.drained.add(1);
     } else {

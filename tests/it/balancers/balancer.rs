@@ -38,7 +38,7 @@ const QUIET: &str = "20m";
 
 /// Starts a program, says its process id, and ends it with the end of standard input, which comes with the end of this process at the latest.
 const GUARD: &str =
-    r#"log=$1; shift; "$@" >"$log" 2>&1 </dev/null & echo $!; read -r order; kill -TERM $!; wait $!"#;
+    r#"log=$1; shift; "$@" >"$log" 2>&1 </dev/null & echo $!; read -r order; exec 2>/dev/null; kill -TERM $!; wait $!"#;
 
 impl Kind {
     /// The program, or `None` where it is not to be had.

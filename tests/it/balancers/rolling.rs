@@ -1,8 +1,9 @@
 //! A control replica and an edge are replaced behind a balancer, under the load of `benches/k6`: nobody is dropped.
 
-use std::fs;
+use std::{fs, time::Duration};
 
-use testkit::{Flags, Process, eventually};
+use testkit::{Flags, Process};
+use tokio::time::{sleep, timeout};
 
 use super::{Site, balancer::Kind};
 use crate::{load, tools};
@@ -44,23 +45,34 @@ async fn rolls(kind: Kind) {
         .env("LOAD_CA", site.fleet.ca_file())
         .env("LOAD_HOSTS", format!("localhost:443={address},streams.localhost:443={address}"))
         .env("LOAD_RESULTS", file("results"))
-        .envs([("LOAD_STREAMS", STREAMS.to_string()), ("LOAD_RATE", "10".to_owned())])
+        .envs([("LOAD_STREAMS", STREAMS.to_string()), ("LOAD_RATE", "8".to_owned())])
         .envs([
             ("LOAD_DURATION", "30s"),
-            ("LOAD_PAUSE", "500ms"),
+            ("LOAD_PAUSE", "0.5s"),
             ("LOAD_GRACE", "4s"),
             ("LOAD_SETTLE", "2s"),
         ]);
     let mut k6 = Process::spawn(command);
 
-    eventually("the streams stand", || async {
-        let mut streams = 0;
-        for edge in &site.fleet.edges {
-            streams += edge.metrics().await.count("midspan_edge_streams", &[("state", "joined")]);
+    let stand = async {
+        while k6.is_running() {
+            let mut streams = 0;
+            for edge in &site.fleet.edges {
+                streams += edge.metrics().await.count("midspan_edge_streams", &[("state", "joined")]);
+            }
+            if usize::try_from(streams).unwrap() >= STREAMS {
+                return;
+            }
+            sleep(Duration::from_millis(100)).await;
         }
-        usize::try_from(streams).unwrap() >= STREAMS
-    })
-    .await;
+    };
+    let stand = timeout(load::LIMIT, stand).await;
+    assert!(
+        stand.is_ok() && k6.is_running(),
+        "the streams do not stand: {}{}",
+        k6.stdout_text(),
+        k6.stderr()
+    );
     site.balancer.manage(&site.fleet, &[&site.fleet.controls[0], &site.fleet.edges[0]]);
     let (control, edge) = (&mut site.fleet.controls[0], &mut site.fleet.edges[0]);
     tokio::join!(control.roll(), edge.roll());
