@@ -162,6 +162,17 @@ impl TicketKeys {
         Ok(token.into())
     }
 
+    /// HMAC-SHA256 of the concatenated parts, which must not read like the start of a ticket.
+    pub(crate) fn mac(&self, parts: &[&[u8]]) -> [u8; 32] {
+        self.current.key.mac(parts)
+    }
+
+    /// Compares in constant time, with either key.
+    pub(crate) fn verifies(&self, parts: &[&[u8]], mac: &[u8; 32]) -> bool {
+        let keys = [Some(&self.current), self.previous.as_ref()];
+        keys.into_iter().flatten().any(|key| key.key.verifies(parts, mac))
+    }
+
     /// Verifies a ticket's signature (in constant time), version and life.
     pub fn verify(&self, text: &str, now: UnixTime) -> Result<Ticket, TicketError> {
         if text.len() > MAX_LENGTH {
