@@ -96,6 +96,7 @@ impl Relay {
             activity,
             threads: DataThreads::current(),
             internal: None,
+            passing: midspan_edge::Passing::default(),
         });
         let answers = handler(move |request| {
             let edge = Arc::clone(&edge);

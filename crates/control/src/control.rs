@@ -11,6 +11,7 @@ use midspan_core::{
     credential::Credentials,
     id::DeviceAddress,
     link::GoodbyeReason,
+    owner_name::EdgeUrl,
     problem::Problem,
     record::{StreamRecord, StreamState},
     ticket::Owner,
@@ -43,8 +44,7 @@ pub struct Control {
     /// The host names that credentials may name.
     pub(crate) hosts: Vec<String>,
     pub(crate) replica: Owner,
-    /// The public base URL of the edge, without a slash at its end.
-    pub(crate) edge_url: String,
+    pub(crate) edge_url: EdgeUrl,
     pub(crate) credentials: Watched<Credentials>,
     pub(crate) secrets: Secrets,
     pub(crate) lifecycle: Lifecycle,
@@ -75,8 +75,8 @@ pub struct ControlParts {
     pub hosts: Vec<String>,
     /// Its name, life and internal address.
     pub replica: Owner,
-    /// The public base URL of the edge.
-    pub edge_url: String,
+    /// The public base URL of the edges.
+    pub edge_url: EdgeUrl,
     /// Keys of devices and services.
     pub credentials: Watched<Credentials>,
     /// Ticket keys and deny list.
@@ -122,7 +122,7 @@ impl Control {
         let control = Arc::new(Self {
             hosts: parts.hosts,
             replica: parts.replica,
-            edge_url: parts.edge_url.trim_end_matches('/').to_owned(),
+            edge_url: parts.edge_url,
             credentials: parts.credentials,
             secrets: parts.secrets,
             metrics: ControlMetrics::new(&parts.metrics),
@@ -241,7 +241,7 @@ impl Control {
             let count = self.links.count();
             let accepts = count < self.settings.limit_device_links && !draining.is_cancelled();
             let (role, owner) = (ServerRole::Control, self.replica.clone());
-            let lease = Lease { role, owner, accepts, load: count as u64 };
+            let lease = Lease { role, owner, accepts, load: count as u64, passed: None };
             let renewed = timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await;
             self.renewed.store(matches!(renewed, Ok(Ok(_))), Ordering::Relaxed);
             match renewed {
@@ -353,7 +353,7 @@ impl std::fmt::Debug for Control {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Control")
             .field("hosts", &self.hosts)
-            .field("edge_url", &self.edge_url)
+            .field("edge_url", &self.edge_url.to_string())
             .finish_non_exhaustive()
     }
 }

@@ -1,7 +1,7 @@
 use std::{path::PathBuf, time::Duration};
 
 use clap::Args;
-use midspan_core::api::HANDSHAKE_MAX;
+use midspan_core::{api::HANDSHAKE_MAX, owner_name::EdgeUrl};
 
 /// How the control plane treats devices and services.
 #[derive(Debug, Clone, Args)]
@@ -16,9 +16,9 @@ pub struct ControlSettings {
     /// A host name of the relay that credentials may name; may be repeated
     #[arg(long = "public-host", env = "MIDSPAN_PUBLIC_HOST", value_name = "NAME", value_delimiter = ',')]
     pub public_hosts: Vec<String>,
-    /// The public base URL of the streaming edge, such as `https://relay.example`
+    /// The public base URL of the streaming edges, such as `https://relay.example`, or `https://{owner}.streams.example` to name the edge that owns the stream
     #[arg(long, env = "MIDSPAN_EDGE_URL", value_name = "URL")]
-    pub edge_url: Option<String>,
+    pub edge_url: Option<EdgeUrl>,
     /// From the request for a stream until both legs are joined, at most 60s; the device has five sixths of it
     #[arg(long, env = "MIDSPAN_HANDSHAKE_LIMIT", default_value = "60s", value_name = "TIME", value_parser = handshake_limit)]
     pub handshake_limit: Duration,

@@ -208,7 +208,7 @@ mod tests {
     }
 
     fn lease(number: u128, accepts: bool, load: u64) -> Lease {
-        Lease { role: ServerRole::Control, owner: owner(number), accepts, load }
+        Lease { role: ServerRole::Control, owner: owner(number), accepts, load, passed: None }
     }
 
     fn owner(number: u128) -> Owner {

@@ -1,10 +1,10 @@
-//! The PROXY protocol, versions 1 and 2: how a balancer tells where a connection came from (HAProxy, "The PROXY protocol").
+//! The PROXY protocol, versions 1 and 2: how a balancer tells where a connection came from (`HAProxy`, "The PROXY protocol").
 //!
 //! A header is parsed as it comes in, and says how many bytes it still lacks at least: whoever reads no more than that leaves
 //! what is behind it where it is. Nothing is trusted here; who may send a header is for the listener to know.
 
 use std::{
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, SocketAddr},
     str,
 };
 
@@ -133,30 +133,25 @@ fn parse_binary(bytes: &[u8]) -> Result<Parsed<'_>, NoHeader> {
     }
     let body = &bytes[V2_FIXED..size];
     let (addresses, fields) = match (command, kind) {
-        (V2_PROXY, V2_TCP4) => {
-            let (hosts, ports, fields) = ends::<4>(body)?;
-            (Some((hosts.map(|host| Ipv4Addr::from(host).into()), ports)), fields)
-        }
-        (V2_PROXY, V2_TCP6) => {
-            let (hosts, ports, fields) = ends::<16>(body)?;
-            (Some((hosts.map(|host| Ipv6Addr::from(host).into()), ports)), fields)
-        }
+        (V2_PROXY, V2_TCP4) => ends::<4>(body)?,
+        (V2_PROXY, V2_TCP6) => ends::<16>(body)?,
         _ => (None, &[][..]),
     };
-    let addresses = addresses.map(|(hosts, ports): ([IpAddr; 2], [u16; 2])| Addresses {
-        client: SocketAddr::new(hosts[0], ports[0]),
-        server: SocketAddr::new(hosts[1], ports[1]),
-    });
     Ok(Parsed::Whole { size, addresses, fields })
 }
 
-/// Two addresses of `N` bytes, two ports, and the rest.
-fn ends<const N: usize>(body: &[u8]) -> Result<([[u8; N]; 2], [u16; 2], &[u8]), NoHeader> {
-    let (client, body) = body.split_first_chunk().ok_or(NoHeader)?;
-    let (server, body) = body.split_first_chunk().ok_or(NoHeader)?;
+/// Two addresses of `N` bytes and two ports, and the rest.
+fn ends<const N: usize>(body: &[u8]) -> Result<(Option<Addresses>, &[u8]), NoHeader>
+where
+    IpAddr: From<[u8; N]>,
+{
+    let (&client, body) = body.split_first_chunk().ok_or(NoHeader)?;
+    let (&server, body) = body.split_first_chunk().ok_or(NoHeader)?;
     let (&client_port, body) = body.split_first_chunk().ok_or(NoHeader)?;
     let (&server_port, body) = body.split_first_chunk().ok_or(NoHeader)?;
-    Ok(([*client, *server], [client_port, server_port].map(u16::from_be_bytes), body))
+    let end = |host: [u8; N], port| SocketAddr::new(host.into(), u16::from_be_bytes(port));
+    let addresses = Addresses { client: end(client, client_port), server: end(server, server_port) };
+    Ok((Some(addresses), body))
 }
 
 /// A header of version 2, with `fields` behind the addresses.
@@ -190,6 +185,8 @@ pub fn write(Addresses { client, server }: Addresses, fields: &[u8]) -> Vec<u8> 
 
 #[cfg(test)]
 mod tests {
+    use std::net::Ipv4Addr;
+
     use proptest::prelude::*;
 
     use super::*;

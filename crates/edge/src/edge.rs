@@ -35,6 +35,7 @@ use crate::{
     metrics::EdgeMetrics,
     milestones::Milestone,
     pairing::{End, Next, Pairing, Place, StreamFacts},
+    passing::{Passing, Ways},
     splice::{self, Ending, Splice},
     threads::Seat,
     vitals::Limits,
@@ -50,13 +51,15 @@ pub struct Edge {
     pub(crate) pairing: Arc<Pairing>,
     pub(crate) splices: splice::Shared,
     pub(crate) limits: Arc<Limits>,
-    rendezvous: Arc<dyn Rendezvous>,
+    pub(crate) rendezvous: Arc<dyn Rendezvous>,
     activity: ActivityLog,
     threads: DataThreads,
     /// The way to other edges; absent for an edge that is alone.
     pub(crate) internal: Option<Internal>,
     pub(crate) other_owners: Option<RemoteOwners>,
     pub(crate) forwards: Arc<Forwards>,
+    pub(crate) passing: Passing,
+    pub(crate) ways: Ways,
     /// When the store forgot streams that were here, last.
     forgot: Mutex<Option<Instant>>,
 }
@@ -82,6 +85,8 @@ pub struct EdgeParts {
     pub threads: DataThreads,
     /// The way to other edges; absent for an edge that is alone.
     pub internal: Option<Internal>,
+    /// What becomes of connections that are for other edges.
+    pub passing: Passing,
 }
 
 /// A stream whose legs are both there.
@@ -141,12 +146,17 @@ impl Edge {
             other_owners: parts.internal.clone().map(|internal| RemoteOwners::new(Arc::new(internal))),
             internal: parts.internal,
             forwards: Arc::default(),
+            passing: parts.passing,
+            ways: Ways::default(),
             forgot: Mutex::default(),
         });
         let span = info_span!("edge", edge = edge.owner.name);
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).keep_lease());
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).watch_deny_list());
+        if edge.passing.domain.is_some() {
+            edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).watch_ways());
+        }
         edge.lifecycle.spawn(span, Arc::clone(&edge).watch_stop());
         edge
     }
@@ -155,7 +165,10 @@ impl Edge {
     pub async fn drain(&self, grace: Duration) {
         let over = async {
             // Legs that are still being told of their end count as well.
-            while self.pairing.counts() != (0, 0) || self.metrics.open_legs() > 0 || !self.forwards.is_empty()
+            while self.pairing.counts() != (0, 0)
+                || self.metrics.open_legs() > 0
+                || !self.forwards.is_empty()
+                || self.metrics.passed_now.get() > 0
             {
                 tokio::time::sleep(Duration::from_millis(50)).await;
             }
@@ -438,7 +451,13 @@ impl Edge {
             let has_room = half_open + joined < self.settings.max_streams;
             let accepts = has_room && !self.lifecycle.draining().is_cancelled();
             let load = (half_open + joined) as u64;
-            let lease = Lease { role: ServerRole::Edge, owner: self.owner.clone(), accepts, load };
+            let lease = Lease {
+                role: ServerRole::Edge,
+                owner: self.owner.clone(),
+                accepts,
+                load,
+                passed: self.passing.address.clone(),
+            };
             match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
                 Ok(Ok(renewal)) => {
                     if renewal.forgotten && half_open + joined > 0 {

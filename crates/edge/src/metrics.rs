@@ -1,6 +1,8 @@
 use midspan_core::{close::CloseReason, id::Role, problem::ProblemKind};
 use midspan_platform::metrics::{Counted, Metrics};
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec};
+
+use crate::passing::Passed;
 
 /// The metrics of the edge.
 #[derive(Debug, Clone)]
@@ -12,6 +14,9 @@ pub(crate) struct EdgeMetrics {
     refusals: IntCounterVec,
     forwarded: IntGaugeVec,
     forwarded_bytes: IntCounterVec,
+    pub(crate) passed_now: IntGauge,
+    passed: IntCounterVec,
+    passed_bytes: IntCounter,
 }
 
 impl EdgeMetrics {
@@ -45,7 +50,23 @@ impl EdgeMetrics {
                 "Bytes of forwarded legs that have ended, both ways together, by role.",
                 "role",
             ),
+            passed_now: metrics.gauge(
+                "midspan_edge_passed_connections",
+                "Open connections that are passed on below TLS to the edge whose name they ask for.",
+            ),
+            passed: metrics.counters(
+                "midspan_edge_passed_connections_total",
+                "Connections for another edge that are over, by what came of them: ended, broken, or unreachable and so taken here.",
+                "result",
+            ),
+            passed_bytes: metrics.counter(
+                "midspan_edge_passed_bytes_total",
+                "Bytes of passed connections that have ended, both ways together, without their first message.",
+            ),
         };
+        for result in Passed::ALL {
+            this.passed.with_label_values(&[result.label()]);
+        }
         for role in Role::ALL {
             this.legs.with_label_values(&[role.as_str()]);
             this.forwarded.with_label_values(&[role.as_str()]);
@@ -70,6 +91,14 @@ impl EdgeMetrics {
 
     pub(crate) fn forwarded_bytes(&self, role: Role, bytes: [u64; 2]) {
         self.forwarded_bytes.with_label_values(&[role.as_str()]).inc_by(bytes.iter().sum());
+    }
+
+    pub(crate) fn passed(&self, result: Passed) {
+        self.passed.with_label_values(&[result.label()]).inc();
+    }
+
+    pub(crate) fn passed_bytes(&self, bytes: [u64; 2]) {
+        self.passed_bytes.inc_by(bytes.iter().sum());
     }
 
     /// How many legs are open, those that are being told of their end included.

@@ -11,7 +11,7 @@ use midspan_platform::{
     internal::{Internal, InternalSettings},
     kubernetes::{KubernetesMetrics, KubernetesSettings, KubernetesTiming, Pods},
     lifecycle::Lifecycle,
-    listener::{Listener, ListenerMetrics, ListenerSettings},
+    listener::{Listener, ListenerMetrics, ListenerSettings, ProxySettings, Room},
     metrics::Metrics,
     rendezvous::{
         MemoryRendezvous, RedisRendezvous, RedisSettings, Rendezvous, ServerRole, StoreMetrics, Timing,
@@ -47,6 +47,8 @@ pub(crate) struct ServerSettings {
     #[command(flatten)]
     pub(crate) connections: ListenerSettings,
     #[command(flatten)]
+    pub(crate) proxies: ProxySettings,
+    #[command(flatten)]
     pub(crate) secrets: SecretSettings,
 }
 
@@ -73,6 +75,8 @@ pub(crate) struct Process {
     kubernetes_metrics: KubernetesMetrics,
     admin: Listener,
     listener_metrics: ListenerMetrics,
+    /// For clients, however they come in.
+    room: Room,
 }
 
 /// The port for other processes of the relay, not served yet.
@@ -111,6 +115,7 @@ impl ServerSettings {
             store_metrics: StoreMetrics::new(&metrics),
             kubernetes_metrics: KubernetesMetrics::new(&metrics),
             listener_metrics: ListenerMetrics::new(&metrics),
+            room: self.connections.room(),
             lifecycle,
             metrics,
             secrets,
@@ -175,7 +180,13 @@ impl Process {
     /// Begins to accept connections of other processes of the relay.
     pub(crate) fn serve_internal(&self, settings: &ServerSettings, port: InternalPort, handler: Handler) {
         let InternalPort { listener, tls, .. } = port;
-        listener.serve(Some(tls), &settings.connections, &self.listener_metrics, &self.lifecycle, handler);
+        let room = settings.connections.room();
+        listener.serve(Some(tls), &room, &self.listener_metrics, &self.lifecycle, handler);
+    }
+
+    /// Begins to accept connections of clients on one more listener.
+    pub(crate) fn serve_also(&self, listener: Listener, tls: Arc<ServerConfig>, handler: Handler) {
+        listener.serve(Some(tls), &self.room, &self.listener_metrics, &self.lifecycle, handler);
     }
 
     /// The store that all processes of the relay share, or the memory of this one.
@@ -201,10 +212,10 @@ impl Process {
         tls: Option<Arc<ServerConfig>>,
         handler: Handler,
     ) -> Lifecycle {
-        let Self { lifecycle, metrics, admin: admin_listener, listener_metrics, .. } = self;
+        let Self { lifecycle, metrics, admin: admin_listener, listener_metrics, room, .. } = self;
         let answers = admin(lifecycle.clone(), metrics);
-        admin_listener.serve(None, &settings.connections, &listener_metrics, &lifecycle, answers);
-        public.serve(tls, &settings.connections, &listener_metrics, &lifecycle, handler);
+        admin_listener.serve(None, &settings.connections.room(), &listener_metrics, &lifecycle, answers);
+        public.serve(tls, &room, &listener_metrics, &lifecycle, handler);
         lifecycle.set_ready();
         lifecycle
     }

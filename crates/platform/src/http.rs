@@ -2,7 +2,7 @@
 
 use std::{
     net::SocketAddr,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, OnceLock, PoisonError},
     time::Duration,
 };
 
@@ -11,12 +11,15 @@ use futures_util::future::BoxFuture;
 use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
-use midspan_core::problem::{Problem, ProblemKind};
+use midspan_core::{
+    problem::{Problem, ProblemKind},
+    proxy::Addresses,
+};
 use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use crate::listener::Connection;
+use crate::listener::{Connection, Forwarders};
 
 /// A request as it comes from a listener.
 pub type HttpRequest = Request<Incoming>;
@@ -33,8 +36,11 @@ pub const REQUEST_ID: &str = "x-request-id";
 /// Who is at the other end of a connection; an extension of every request.
 #[derive(Debug)]
 pub struct Peer {
-    /// The address that the connection came from.
-    pub address: SocketAddr,
+    /// Where the connection came from.
+    address: SocketAddr,
+    /// Whose it is and where it was opened to, when a proxy in between has said so.
+    told: OnceLock<Addresses>,
+    forwarders: Option<Arc<Forwarders>>,
     pending: Mutex<Option<OwnedSemaphorePermit>>,
     known: CancellationToken,
 }
@@ -42,7 +48,33 @@ pub struct Peer {
 impl Peer {
     /// A peer that holds one of the places for those who have not shown who they are.
     pub fn new(address: SocketAddr, place: Option<OwnedSemaphorePermit>) -> Self {
-        Self { address, pending: Mutex::new(place), known: CancellationToken::new() }
+        Self {
+            address,
+            told: OnceLock::new(),
+            forwarders: None,
+            pending: Mutex::new(place),
+            known: CancellationToken::new(),
+        }
+    }
+
+    /// A peer that may be one of the HTTP proxies whose word is taken.
+    pub(crate) fn behind(self, forwarders: Option<Arc<Forwarders>>) -> Self {
+        Self { forwarders, ..self }
+    }
+
+    /// The peer is a proxy, and this is whose connection it brings. Said once.
+    pub(crate) fn speaks_for(&self, told: Addresses) {
+        let _ = self.told.set(told);
+    }
+
+    /// The address that the connection came from, as far as that is known.
+    pub fn address(&self) -> SocketAddr {
+        self.told.get().map_or(self.address, |told| told.client)
+    }
+
+    /// Where the connection was opened to, when a proxy has said so.
+    pub(crate) fn server(&self) -> Option<SocketAddr> {
+        self.told.get().map(|told| told.server)
     }
 
     /// The peer has shown who it is, and gives its place to the next stranger.
@@ -69,7 +101,11 @@ pub fn authenticated<B>(request: &Request<B>) {
 
 /// Where the sender of `request` connects from, for the log.
 pub fn client_address<B>(request: &Request<B>) -> Option<String> {
-    request.extensions().get::<Arc<Peer>>().map(|peer| peer.address.to_string())
+    let peer = request.extensions().get::<Arc<Peer>>()?;
+    let address = peer.address();
+    let forwarded =
+        peer.forwarders.as_ref().and_then(|proxies| proxies.client(address.ip(), request.headers()));
+    Some(forwarded.map_or_else(|| address.to_string(), |client| client.to_string()))
 }
 
 /// The value of a header, when it is there once and readable.

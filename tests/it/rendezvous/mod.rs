@@ -385,7 +385,7 @@ fn ended(reason: CloseReason) -> StreamState {
 }
 
 fn lease(name: &str, n: u128) -> Lease {
-    Lease { role: ServerRole::Edge, owner: owner(name, n), accepts: true, load: 0 }
+    Lease { role: ServerRole::Edge, owner: owner(name, n), accepts: true, load: 0, passed: None }
 }
 
 fn owner(name: &str, n: u128) -> Owner {

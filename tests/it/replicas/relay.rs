@@ -86,7 +86,8 @@ pub(crate) struct Device {
 impl Relay {
     pub(crate) async fn start() -> Self {
         let (store, mut tasks) = (Arc::new(Store::default()), JoinSet::new());
-        let lease = Lease { role: ServerRole::Edge, owner: owner("edge-0"), accepts: true, load: 0 };
+        let lease =
+            Lease { role: ServerRole::Edge, owner: owner("edge-0"), accepts: true, load: 0, passed: None };
         store.renew(&lease).await.unwrap();
         let renewing = Arc::clone(&store);
         let edge = tasks.spawn(async move {
@@ -121,7 +122,7 @@ impl Relay {
             settings: Defaults::parse_from(["control"]).control,
             hosts: vec![HOST.to_owned()],
             replica: owner.clone(),
-            edge_url: format!("https://{HOST}"),
+            edge_url: format!("https://{HOST}").parse().unwrap(),
             credentials: Watched::fixed(credentials()),
             secrets: Secrets {
                 tickets: Watched::fixed(TicketKeys::new(&key(7), None).unwrap()),

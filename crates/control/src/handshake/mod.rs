@@ -26,7 +26,7 @@ use tokio::{
     sync::oneshot,
     time::{Instant, timeout},
 };
-use tracing::{Instrument as _, Span, info, info_span, warn};
+use tracing::{Instrument as _, Span, error, info, info_span, warn};
 
 use crate::{
     control::{Control, STORE_LIMIT},
@@ -56,6 +56,7 @@ impl Control {
             stream,
             expires: clock::unix().plus(self.settings.handshake_limit),
             owner: None,
+            edge_url: String::new(),
             asked: false,
             started: Instant::now(),
             span: span.clone(),
@@ -93,6 +94,8 @@ struct Attempt {
     expires: UnixTime,
     /// Once the stream is recorded.
     owner: Option<Owner>,
+    /// The owner's.
+    edge_url: String,
     /// Whether the device may have heard of the stream.
     asked: bool,
     started: Instant,
@@ -161,6 +164,10 @@ impl Attempt {
                 Problem::new(ProblemKind::Unavailable, "no streaming edge can take a stream now; try again")
             })?,
         };
+        let edge_url = control.edge_url.of(&owner.name).map_err(|error| {
+            error!(%error, "an edge that --edge-url cannot name");
+            Problem::new(ProblemKind::Internal, error.to_string())
+        })?;
         let record = StreamRecord {
             version: record::VERSION,
             stream: self.stream,
@@ -185,7 +192,7 @@ impl Attempt {
                 return Err(store_problem(&StoreError::new(StoreFailure::TimedOut, "it took too long")));
             }
         };
-        self.owner = Some(owner.clone());
+        (self.owner, self.edge_url) = (Some(owner.clone()), edge_url);
         Ok((owner, link))
     }
 
@@ -204,7 +211,7 @@ impl Attempt {
     }
 
     fn leg_url(&self, role: Role) -> String {
-        let base = &self.control.edge_url;
+        let base = &self.edge_url;
         let base = match base.split_once("://") {
             Some(("http", rest)) => format!("ws://{rest}"),
             Some((_, rest)) => format!("wss://{rest}"),

@@ -2,39 +2,23 @@
 
 use std::{
     cell::RefCell,
-    future::poll_fn,
     io,
     pin::Pin,
     task::{Context, Poll},
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use bytes::Bytes;
 use midspan_platform::clock;
-use tokio::{
-    io::{AsyncRead, AsyncWrite, ReadBuf},
-    time::{MissedTickBehavior, interval},
-};
+use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
-    leg::FAREWELL,
+    relaying::{Ended, Way, run},
     splice::{Kept, Limits, Shared},
 };
 
-/// How a pipe ended.
-#[derive(Debug)]
-pub(super) struct Ended {
-    /// Bytes that came from the leg, and from the owner.
-    pub(super) bytes: [u64; 2],
-    /// What broke, unless both sides have ended.
-    pub(super) result: io::Result<()>,
-}
-
 /// The most that is read at once, in bytes.
 const READ_MOST: usize = 256 * 1024;
-
-/// How often the times of a pipe are looked at, at least.
-const LOOK: Duration = Duration::from_secs(1);
 
 thread_local! {
     /// Where the pipes of a thread read to, one after the other.
@@ -43,8 +27,7 @@ thread_local! {
 
 /// Carries bytes between a leg and the edge that owns its stream, `early` ones first, until both have ended.
 ///
-/// The owner judges the stream. Here a side is given up when it takes nothing for the stall limit, when the owner, which
-/// pings, says nothing for the silence limit, or when it does not end a few seconds after the other one.
+/// It is given up as [`run`] says.
 pub(super) async fn pipe<Leg, Owner>(
     mut leg: Leg,
     mut owner: Owner,
@@ -57,42 +40,18 @@ where
     Owner: AsyncRead + AsyncWrite + Unpin,
 {
     let [from_leg, from_owner] = early;
-    let (mut inward, mut outward) = (Way::new(from_leg, shared.clone()), Way::new(from_owner, shared));
-    let mut looks = interval(LOOK.min(limits.silence / 4).min(limits.stall / 4));
-    looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
-    let mut over = None;
-    let result = loop {
-        let moved = poll_fn(|cx| {
-            let inward = inward.poll(cx, Pin::new(&mut leg), Pin::new(&mut owner))?;
-            let outward = outward.poll(cx, Pin::new(&mut owner), Pin::new(&mut leg))?;
-            if inward.is_ready() && outward.is_ready() {
-                Poll::Ready(io::Result::Ok(()))
-            } else {
-                Poll::Pending
-            }
-        });
-        tokio::select! {
-            moved = moved => break moved,
-            _ = looks.tick() => {}
-        }
-        let now = clock::now();
-        if inward.shut || outward.shut {
-            over.get_or_insert(now);
-        }
-        let since = |moment: Instant| now.saturating_duration_since(moment);
-        let stalled =
-            [&inward, &outward].iter().any(|way| way.is_blocked() && since(way.moved) > limits.stall);
-        let silent = !outward.is_blocked() && !outward.ended && since(outward.moved) > limits.silence;
-        let late = over.is_some_and(|over| since(over) > limits.close.max(FAREWELL));
-        if stalled || silent || late {
-            break Err(io::ErrorKind::TimedOut.into());
-        }
-    };
-    Ended { bytes: [inward.bytes, outward.bytes], result }
+    let mut ways = [Piped::new(from_leg, shared.clone()), Piped::new(from_owner, shared)];
+    let result = run(&mut ways, limits, |[inward, outward], cx| {
+        let inward = inward.poll(cx, Pin::new(&mut leg), Pin::new(&mut owner))?;
+        let outward = outward.poll(cx, Pin::new(&mut owner), Pin::new(&mut leg))?;
+        if inward.is_ready() && outward.is_ready() { Poll::Ready(Ok(())) } else { Poll::Pending }
+    })
+    .await;
+    Ended { bytes: ways.map(|way| way.bytes), result }
 }
 
 /// One direction.
-struct Way {
+struct Piped {
     /// What the other side has not taken yet, from `taken` on.
     rest: Vec<u8>,
     taken: usize,
@@ -105,17 +64,31 @@ struct Way {
     moved: Instant,
 }
 
-impl Way {
+impl Way for Piped {
+    fn is_blocked(&self) -> bool {
+        self.unflushed || !self.rest.is_empty()
+    }
+
+    fn has_ended(&self) -> bool {
+        self.ended
+    }
+
+    fn is_shut(&self) -> bool {
+        self.shut
+    }
+
+    fn moved(&self) -> Instant {
+        self.moved
+    }
+}
+
+impl Piped {
     fn new(early: Bytes, shared: Shared) -> Self {
         let mut kept = Kept::new(shared);
         kept.set(early.len());
         let bytes = early.len() as u64;
         let (rest, moved) = (early.into(), clock::now());
         Self { rest, taken: 0, kept, unflushed: false, ended: false, shut: false, bytes, moved }
-    }
-
-    fn is_blocked(&self) -> bool {
-        self.unflushed || !self.rest.is_empty()
     }
 
     /// Moves bytes until one side is not ready. Ready once `from` has ended and `to` knows it.
@@ -209,6 +182,8 @@ impl Way {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use midspan_platform::metrics::Metrics;
     use tokio::{
         io::{AsyncReadExt as _, AsyncWriteExt as _, DuplexStream, duplex},

@@ -56,7 +56,7 @@ pub(crate) async fn run(arguments: ControlArguments) -> anyhow::Result<()> {
     let edge_url = settings.edge_url.clone().context("--edge-url is missing")?;
     let hosts = settings.public_hosts.clone();
     anyhow::ensure!(!hosts.is_empty(), "--public-host is missing: the host name that credentials name");
-    let public = Listener::bind("public", listen)?;
+    let public = Listener::bind("public", listen)?.behind(&server_settings.proxies);
     let process = server_settings.prepare().await?;
     let here = [Handle::current()];
     let port = process.internal(&server_settings, &internal, ServerRole::Control, &here).await?;

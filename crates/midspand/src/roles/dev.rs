@@ -9,7 +9,7 @@ use midspan_core::{
     id::{DeviceAddress, Incarnation},
     ticket::Owner,
 };
-use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings};
+use midspan_edge::{DataThreads, Edge, EdgeParts, EdgeSettings, Passing};
 use midspan_platform::{
     clock,
     http::handler,
@@ -62,7 +62,7 @@ pub(crate) struct DevArguments {
 
 pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
     let DevArguments { listen, data_dir, devices, control, edge: edge_settings, mut server, .. } = arguments;
-    let public = Listener::bind("public", listen)?;
+    let public = Listener::bind("public", listen)?.behind(&server.proxies);
     let address = public.address();
     let mut hosts = control.public_hosts.clone();
     if hosts.is_empty() {
@@ -75,8 +75,10 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
     let tls = server.tls(&hosts, &process.lifecycle).await?;
 
     let scheme = if tls.is_some() { "https" } else { "http" };
-    let edge_url =
-        control.edge_url.clone().unwrap_or_else(|| format!("{scheme}://{}:{}", hosts[0], address.port()));
+    let edge_url = match &control.edge_url {
+        Some(edge_url) => edge_url.clone(),
+        None => format!("{scheme}://{}:{}", hosts[0], address.port()).parse()?,
+    };
     let owner = Owner {
         name: edge_settings.edge_name.clone(),
         incarnation: Incarnation::from_random(clock::random()),
@@ -96,6 +98,7 @@ pub(crate) async fn run(arguments: DevArguments) -> anyhow::Result<()> {
         activity: process.activity.clone(),
         threads,
         internal: None,
+        passing: Passing::default(),
     });
     let control = Control::start(ControlParts {
         credentials: server.secrets.credentials(credentials, &process.lifecycle).await?,

@@ -87,19 +87,24 @@ impl InternalSettings {
 
     /// Where others find the listener at `address`, `host:port`.
     pub fn address(&self, address: SocketAddr) -> anyhow::Result<String> {
-        match &self.internal_address {
-            Some(address) => {
-                let valid = address.rsplit_once(':').is_some_and(|(host, port)| {
-                    !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
-                });
-                anyhow::ensure!(valid, "--internal-address {address}: expected host:port");
-                Ok(address.clone())
-            }
-            None if address.ip().is_unspecified() => {
-                bail!("--internal-address is missing: others cannot find {address}; give host:port")
-            }
-            None => Ok(address.to_string()),
+        advertised("--internal-address", self.internal_address.as_deref(), address)
+    }
+}
+
+/// Where others find a listener at `address`: what the `flag` for that says, or the address itself if it names one.
+pub fn advertised(flag: &str, told: Option<&str>, address: SocketAddr) -> anyhow::Result<String> {
+    match told {
+        Some(told) => {
+            let valid = told.rsplit_once(':').is_some_and(|(host, port)| {
+                !host.is_empty() && port.parse::<u16>().is_ok_and(|port| port > 0)
+            });
+            anyhow::ensure!(valid, "{flag} {told}: expected host:port");
+            Ok(told.to_owned())
         }
+        None if address.ip().is_unspecified() => {
+            bail!("{flag} is missing: others cannot find {address}; give host:port")
+        }
+        None => Ok(address.to_string()),
     }
 }
 

@@ -79,7 +79,13 @@ impl Process {
         });
         let limits =
             ListenerSettings { max_connections: 10, max_unauthenticated: 10, header_limit: 5 * SECOND };
-        listener.serve(Some(tls), &limits, &ListenerMetrics::new(&Metrics::new()), &lifecycle, answers);
+        listener.serve(
+            Some(tls),
+            &limits.room(),
+            &ListenerMetrics::new(&Metrics::new()),
+            &lifecycle,
+            answers,
+        );
         Self { lifecycle, calls, owner }
     }
 

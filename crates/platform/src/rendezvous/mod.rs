@@ -142,6 +142,10 @@ pub struct Lease {
     pub accepts: bool,
     /// How many streams an edge has, half-open ones included, or how many device links a control replica holds.
     pub load: u64,
+    /// Where an edge takes connections that other edges pass on below TLS, `host:port`; none, if it does not or is of an
+    /// earlier release.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub passed: Option<String>,
 }
 
 /// Who is there.

@@ -103,7 +103,7 @@ async fn our_client_and_our_server_understand_each_other() {
             },
             async {
                 let turns = Arc::new(Turns::new(1));
-                let mut far = TlsStream::accept(far, server, turns).await.unwrap();
+                let mut far = TlsStream::accept(far, server, turns, Vec::new()).await.unwrap();
                 far.read_exact(&mut [0]).await.unwrap();
                 far
             }

@@ -61,15 +61,15 @@ pub(super) struct Done {
     pub(super) outgoing: Vec<u8>,
 }
 
-/// Does the server's part of the handshake on `socket`.
+/// Does the server's part of the handshake on `socket`, of which `incoming` has been read already.
 ///
 /// Fails when the peer makes a mistake, which it is told, or ends the connection. `config` must be made by `configure_for`.
 pub(super) async fn accept<S: AsyncRead + AsyncWrite + Unpin>(
     socket: &mut S,
     config: Arc<ServerConfig>,
     turns: &Turns,
+    mut incoming: Vec<u8>,
 ) -> io::Result<Done> {
-    let mut incoming = Vec::new();
     // The library sees one record after the other, so that it opens none that comes after the handshake.
     let seen = receive(socket, &mut incoming, 0).await?;
     let config = for_client(config, &incoming[..seen]);

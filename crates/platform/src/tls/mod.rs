@@ -1,6 +1,7 @@
 //! TLS 1.2 and 1.3 for listeners, with certificates that are read again while running, and for calls to other processes.
 
 mod handshake;
+mod hello;
 mod secrets;
 mod session;
 mod stream;
@@ -10,6 +11,7 @@ mod client_tests;
 #[cfg(test)]
 mod tests;
 
+pub(crate) use self::hello::asked_name;
 pub use self::{handshake::Turns, stream::TlsStream};
 
 use std::{

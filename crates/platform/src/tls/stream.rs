@@ -62,10 +62,15 @@ pub struct TlsStream<S> {
 impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Does the server's part of the handshake.
     ///
-    /// Its costly step waits for one of `turns`. Fails when the peer makes a mistake, or ends the connection. `config` must come from
+    /// `read` has been read of `socket` already. The costly step waits for one of `turns`. Fails when the peer makes a mistake, or ends the connection. `config` must come from
     /// [`server_config`](super::server_config).
-    pub async fn accept(mut socket: S, config: Arc<ServerConfig>, turns: Arc<Turns>) -> io::Result<Self> {
-        let done = handshake::accept(&mut socket, config, &turns).await?;
+    pub async fn accept(
+        mut socket: S,
+        config: Arc<ServerConfig>,
+        turns: Arc<Turns>,
+        read: Vec<u8>,
+    ) -> io::Result<Self> {
+        let done = handshake::accept(&mut socket, config, &turns, read).await?;
         Ok(Self::new(socket, done))
     }
 

@@ -187,7 +187,8 @@ impl Configs {
 
     fn connect_with(&self, wire: Shared) -> Pair {
         let mut client = self.client();
-        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&self.server), turns()));
+        let mut accept =
+            Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&self.server), turns(), Vec::new()));
         for _ in 0..10_000 {
             while client.wants_write() {
                 client.write_tls(&mut wire.lock().input).unwrap();
@@ -502,7 +503,8 @@ fn payload_may_come_with_the_end_of_the_handshake() {
     let (mut client, wire) = (configs.client(), Shared::default());
     // The client has this ready, and sends it at once when it may.
     client.writer().write_all(&vec![7; 40_000]).unwrap();
-    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
+    let mut accept =
+        Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns(), Vec::new()));
     let server = loop {
         assert_eq!(receive(&mut client, &wire).1, None);
         while client.wants_write() {
@@ -524,7 +526,8 @@ fn the_end_of_the_handshake_may_come_in_pieces_with_payload_behind_it() {
             let configs = Configs::new(version);
             let (mut client, wire) = (configs.client(), Shared::default());
             client.writer().write_all(b"behind").unwrap();
-            let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
+            let mut accept =
+                Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns(), Vec::new()));
             client.write_tls(&mut wire.lock().input).unwrap();
             assert!(accept.as_mut().poll(&mut cx()).is_pending());
             assert_eq!(receive(&mut client, &wire).1, None);
@@ -553,7 +556,8 @@ fn payload_that_comes_with_the_handshake_survives_the_end_behind_it() {
     let configs = Configs::new(&TLS13);
     let (mut client, wire) = (configs.client(), Shared::default());
     client.writer().write_all(b"all").unwrap();
-    let mut accept = Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns()));
+    let mut accept =
+        Box::pin(TlsStream::accept(wire.clone(), Arc::clone(&configs.server), turns(), Vec::new()));
     client.write_tls(&mut wire.lock().input).unwrap();
     assert!(accept.as_mut().poll(&mut cx()).is_pending());
     assert_eq!(receive(&mut client, &wire).1, None);
@@ -619,7 +623,8 @@ fn a_broken_handshake_is_answered_with_an_alert() {
     ] {
         let wire = Shared::default();
         wire.lock().input.extend_from_slice(input);
-        let mut accept = Box::pin(TlsStream::accept(wire.clone(), Configs::new(&TLS13).server, turns()));
+        let mut accept =
+            Box::pin(TlsStream::accept(wire.clone(), Configs::new(&TLS13).server, turns(), Vec::new()));
         let Poll::Ready(Err(error)) = accept.as_mut().poll(&mut cx()) else {
             panic!("{input:?} is taken");
         };
@@ -635,7 +640,7 @@ fn a_handshake_that_ends_early_fails() {
         let wire = Shared::default();
         configs.client().write_tls(&mut wire.lock().input).unwrap();
         wire.lock().ended = true;
-        let mut accept = Box::pin(TlsStream::accept(wire, configs.server, turns()));
+        let mut accept = Box::pin(TlsStream::accept(wire, configs.server, turns(), Vec::new()));
         // Others have their turn in between.
         let mut polls = (0..3).map(|_| accept.as_mut().poll(&mut cx()));
         let Some(Poll::Ready(Err(error))) = polls.find(Poll::is_ready) else { panic!("no error") };
@@ -952,7 +957,7 @@ async fn between_two_handshakes_everything_else_has_its_turn() {
         let (config, turns, order) = (Arc::clone(&configs.server), Arc::clone(&turns), Arc::clone(&order));
         let seen = wire.clone();
         tasks.spawn(async move {
-            let mut accept = Box::pin(TlsStream::accept(wire, config, turns));
+            let mut accept = Box::pin(TlsStream::accept(wire, config, turns, Vec::new()));
             let mut answered = false;
             std::future::poll_fn(|cx| {
                 let done = accept.as_mut().poll(cx).is_ready();

@@ -1,37 +1,38 @@
-//! Listeners: accept, TLS, HTTP/1.1, each step bounded in time and number.
+//! Listeners: accept, what a balancer says of the client, TLS, HTTP, each step bounded in time and number.
 
-use std::{
-    convert::Infallible,
-    io,
-    net::SocketAddr,
-    pin::Pin,
-    sync::{Arc, Mutex, PoisonError},
-    task::{Context, Poll},
-    time::Duration,
-};
+mod connection;
+mod proxies;
+mod serving;
+
+use std::{io, net::SocketAddr, sync::Arc, time::Duration};
 
 use anyhow::Context as _;
+use async_trait::async_trait;
 use clap::Args;
-use futures_util::FutureExt as _;
-use hyper::service::service_fn;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use midspan_core::{proxy::Addresses, ticket::TicketKeys};
 use prometheus::{IntCounterVec, IntGaugeVec};
 use rustls::ServerConfig;
 use tokio::{
-    io::{AsyncRead, AsyncWrite, DuplexStream, Interest, ReadBuf},
     net::{TcpListener, TcpSocket, TcpStream},
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
+    time::timeout,
 };
-use tokio_util::sync::CancellationToken;
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
+pub(crate) use self::proxies::Forwarders;
+pub use self::{connection::Connection, proxies::ProxySettings, serving::serve_http};
+use self::{
+    connection::Transport,
+    proxies::{Expected, HeaderFailure},
+    serving::serve_http2,
+};
 use crate::{
-    http::{Handler, HttpRequest, Peer, Upgrade},
-    internal::{CALLS_MAX, Tasks},
+    http::{Handler, Peer},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
-    tls::{TlsStream, Turns},
+    tls::{TlsStream, Turns, asked_name},
+    watched::Watched,
 };
 
 /// What strangers may cost.
@@ -61,6 +62,7 @@ pub struct ListenerMetrics {
     connections: IntGaugeVec,
     refused: IntCounterVec,
     tls_failures: IntCounterVec,
+    header_failures: IntCounterVec,
 }
 
 impl ListenerMetrics {
@@ -82,6 +84,11 @@ impl ListenerMetrics {
                 "TLS handshakes that failed or took too long, by cause.",
                 "cause",
             ),
+            header_failures: metrics.counters(
+                "midspan_listener_proxy_header_failures_total",
+                "Connections of proxies, or passed on by edges, without a good PROXY header, by cause.",
+                "cause",
+            ),
         };
         for limit in ["connections", "unauthenticated", "stranger_time"] {
             this.refused.with_label_values(&[limit]);
@@ -89,8 +96,41 @@ impl ListenerMetrics {
         for cause in ["protocol", "timeout"] {
             this.tls_failures.with_label_values(&[cause]);
         }
+        for failure in HeaderFailure::ALL {
+            this.header_failures.with_label_values(&[failure.label()]);
+        }
         this
     }
+}
+
+/// The places of connections, which listeners may share.
+#[derive(Debug, Clone)]
+pub struct Room {
+    places: Arc<Semaphore>,
+    strangers: Arc<Semaphore>,
+    header_limit: Duration,
+}
+
+impl ListenerSettings {
+    /// As many places as these settings say.
+    pub fn room(&self) -> Room {
+        Room {
+            places: Arc::new(Semaphore::new(self.max_connections)),
+            strangers: Arc::new(Semaphore::new(self.max_unauthenticated)),
+            header_limit: self.header_limit,
+        }
+    }
+}
+
+/// Takes connections elsewhere before their TLS handshake, by the name that they ask for.
+#[async_trait]
+pub trait Passer: Send + Sync + std::fmt::Debug {
+    /// A connection that leads to where `name` is served, with `hello` sent over it; `None` for one that is to be served
+    /// here. `hello` is what has been read of the client's connection, and `addresses` are its ends.
+    async fn open(&self, name: &str, addresses: Addresses, hello: &[u8]) -> Option<TcpStream>;
+
+    /// Carries bytes both ways, until both ends have ended.
+    async fn carry(&self, client: TcpStream, owner: TcpStream);
 }
 
 /// An address that is taken, on which nothing is accepted yet.
@@ -102,6 +142,9 @@ pub struct Listener {
     address: SocketAddr,
     trusted: bool,
     http2: bool,
+    expected: Expected,
+    forwarders: Option<Arc<Forwarders>>,
+    passer: Option<Arc<dyn Passer>>,
 }
 
 /// How many connections may wait in the kernel to be accepted, for each socket.
@@ -131,7 +174,16 @@ impl Listener {
             address = socket.local_addr().context("the listener has no address")?;
             sockets.push((runtime.clone(), socket));
         }
-        Ok(Self { name, sockets, address, trusted: false, http2: false })
+        Ok(Self {
+            name,
+            sockets,
+            address,
+            trusted: false,
+            http2: false,
+            expected: Expected::Nothing,
+            forwarders: None,
+            passer: None,
+        })
     }
 
     /// A listener that only peers from the inside reach: nobody there has to show who it is.
@@ -146,6 +198,24 @@ impl Listener {
         Self { http2: true, ..self }
     }
 
+    /// A listener with proxies in front, which say whose connections and requests they bring.
+    #[must_use]
+    pub fn behind(self, proxies: &ProxySettings) -> Self {
+        Self { expected: proxies.expected(), forwarders: proxies.forwarders(), ..self }
+    }
+
+    /// A listener for connections that other edges pass on, which must say so with one of `keys`.
+    #[must_use]
+    pub fn for_passed(self, keys: Watched<TicketKeys>, proxies: &ProxySettings) -> Self {
+        Self { expected: Expected::FromEdges(keys), forwarders: proxies.forwarders(), ..self }
+    }
+
+    /// A listener whose TLS connections `passer` may take elsewhere.
+    #[must_use]
+    pub fn passing(self, passer: Arc<dyn Passer>) -> Self {
+        Self { passer: Some(passer), ..self }
+    }
+
     /// The address, with the real port.
     pub fn address(&self) -> SocketAddr {
         self.address
@@ -155,21 +225,22 @@ impl Listener {
     pub fn serve(
         self,
         tls: Option<Arc<ServerConfig>>,
-        settings: &ListenerSettings,
+        room: &Room,
         metrics: &ListenerMetrics,
         lifecycle: &Lifecycle,
         handler: Handler,
     ) {
-        let Self { name, sockets, address, trusted, http2 } = self;
+        let Self { name, sockets, address, trusted, http2, expected, forwarders, passer } = self;
         info!(listener = name, %address, tls = tls.is_some(), "listening");
         let front = Arc::new(Front {
             name,
             trusted,
             http2,
             tls,
-            header_limit: settings.header_limit,
-            places: Arc::new(Semaphore::new(settings.max_connections)),
-            strangers: Arc::new(Semaphore::new(settings.max_unauthenticated)),
+            expected,
+            forwarders,
+            passer,
+            room: room.clone(),
             metrics: metrics.clone(),
             lifecycle: lifecycle.clone(),
             handler,
@@ -197,13 +268,31 @@ struct Front {
     name: &'static str,
     trusted: bool,
     http2: bool,
+    expected: Expected,
+    forwarders: Option<Arc<Forwarders>>,
+    passer: Option<Arc<dyn Passer>>,
     tls: Option<Arc<ServerConfig>>,
-    header_limit: Duration,
-    places: Arc<Semaphore>,
-    strangers: Arc<Semaphore>,
+    room: Room,
     metrics: ListenerMetrics,
     lifecycle: Lifecycle,
     handler: Handler,
+}
+
+/// What one connection of a listener holds until its end.
+#[derive(Debug)]
+struct Held {
+    _place: OwnedSemaphorePermit,
+    _counted: Counted,
+}
+
+/// What becomes of a connection whose first bytes have been read.
+enum Turn {
+    /// It is served here. These bytes have been read.
+    Here(Vec<u8>),
+    /// It goes on over this one.
+    To(TcpStream),
+    /// It has failed.
+    Nowhere,
 }
 
 impl Front {
@@ -232,14 +321,14 @@ impl Front {
             pause = Duration::ZERO;
             let Some((held, place)) = self.admit() else { continue };
             let (front, turns) = (Arc::clone(&self), Arc::clone(&turns));
-            let peer = Arc::new(Peer::new(address, Some(place)));
+            let peer = Arc::new(Peer::new(address, Some(place)).behind(front.forwarders.clone()));
             if front.trusted {
                 peer.authenticated();
             }
             self.lifecycle.spawn_on(&Handle::current(), async move {
                 tokio::select! {
                     () = front.connection(stream, &peer, held, turns) => {}
-                    () = peer.stranger_for(front.header_limit * STRANGER_LIMITS) => {
+                    () = peer.stranger_for(front.room.header_limit * STRANGER_LIMITS) => {
                         front.refuse("stranger_time");
                     }
                     () = front.lifecycle.stopped().cancelled() => {}
@@ -250,11 +339,11 @@ impl Front {
 
     /// A place for the connection, and one among the strangers; `None` when there is none.
     fn admit(&self) -> Option<(Held, OwnedSemaphorePermit)> {
-        let Ok(place) = Arc::clone(&self.places).try_acquire_owned() else {
+        let Ok(place) = Arc::clone(&self.room.places).try_acquire_owned() else {
             self.refuse("connections");
             return None;
         };
-        let Ok(stranger) = Arc::clone(&self.strangers).try_acquire_owned() else {
+        let Ok(stranger) = Arc::clone(&self.room.strangers).try_acquire_owned() else {
             self.refuse("unauthenticated");
             return None;
         };
@@ -267,216 +356,92 @@ impl Front {
         debug!(listener = self.name, limit, "connection refused");
     }
 
-    async fn connection(&self, stream: TcpStream, peer: &Arc<Peer>, held: Held, turns: Arc<Turns>) {
+    async fn connection(&self, mut stream: TcpStream, peer: &Arc<Peer>, held: Held, turns: Arc<Turns>) {
+        // Boxed, so that connections which have none of this need no room for it.
+        if self.expected.applies_to(peer.address().ip())
+            && !Box::pin(self.read_header(&mut stream, peer)).await
+        {
+            return;
+        }
+        let mut read = Vec::new();
+        if let (Some(passer), Some(_)) = (&self.passer, &self.tls) {
+            match Box::pin(self.turn(passer.as_ref(), &mut stream, peer)).await {
+                Turn::Here(bytes) => read = bytes,
+                Turn::To(owner) => {
+                    // Who it is, and how long it may be a stranger, is for the owner to say.
+                    peer.authenticated();
+                    return passer.carry(stream, owner).await;
+                }
+                Turn::Nowhere => return,
+            }
+        }
         let transport = match &self.tls {
             None => Transport::Tcp(stream),
             Some(config) => {
-                let failed =
-                    |cause: &'static str| self.metrics.tls_failures.with_label_values(&[cause]).inc();
-                let accepted = TlsStream::accept(stream, Arc::clone(config), turns);
-                match tokio::time::timeout(self.header_limit, accepted).await {
+                let accepted = TlsStream::accept(stream, Arc::clone(config), turns, read);
+                match timeout(self.room.header_limit, accepted).await {
                     Ok(Ok(stream)) => Transport::Tls(Box::new(stream)),
-                    Ok(Err(error)) => {
-                        failed("protocol");
-                        debug!(listener = self.name, %error, "TLS handshake failed");
-                        return;
-                    }
-                    Err(_) => {
-                        failed("timeout");
-                        debug!(listener = self.name, "TLS handshake took too long");
-                        return;
-                    }
+                    Ok(Err(error)) => return self.tls_failed("protocol", Some(&error)),
+                    Err(_) => return self.tls_failed("timeout", None),
                 }
             }
         };
-        let connection = Connection { transport, _held: Some(held) };
+        let connection = Connection::new(transport, held);
         let (peer, lifecycle) = (Arc::clone(peer), &self.lifecycle);
         if self.http2 {
             serve_http2(connection, peer, lifecycle, &self.handler).await;
         } else {
-            serve_http(connection, peer, self.header_limit, lifecycle, &self.handler).await;
+            serve_http(connection, peer, self.room.header_limit, lifecycle, &self.handler).await;
         }
     }
-}
 
-/// How long an answer that switches protocols may take to be sent.
-const SWITCH_LIMIT: Duration = Duration::from_secs(10);
-
-/// Serves HTTP/1.1 on one connection until it ends, is upgraded, or the process stops.
-pub async fn serve_http(
-    connection: Connection,
-    peer: Arc<Peer>,
-    header_limit: Duration,
-    lifecycle: &Lifecycle,
-    handler: &Handler,
-) {
-    let (asked, switching) = (CancellationToken::new(), CancellationToken::new());
-    let upgrade = Mutex::new(None);
-    let service = service_fn(|mut request: HttpRequest| {
-        asked.cancel();
-        request.extensions_mut().insert(Arc::clone(&peer));
-        let (upgrade, switching) = (&upgrade, &switching);
-        handler(request).map(move |mut response| {
-            if let Some(next) = response.extensions_mut().remove::<Upgrade>() {
-                *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
-                switching.cancel();
+    /// Reads whose connection a proxy brings. Whether it could be read.
+    async fn read_header(&self, stream: &mut TcpStream, peer: &Peer) -> bool {
+        let read = timeout(self.room.header_limit, self.expected.read(stream)).await;
+        match read.unwrap_or(Err(HeaderFailure::Timeout)) {
+            Ok(told) => {
+                if let Some(told) = told {
+                    peer.speaks_for(told);
+                }
+                true
             }
-            Ok::<_, Infallible>(response)
-        })
-    });
-    let mut served = hyper::server::conn::http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(header_limit)
-        .max_buf_size(HEADER_MAX)
-        .serve_connection(TokioIo::new(connection), service);
-    // A closing process still answers: a connection that has asked nothing yet may be a leg that is expected.
-    let closing = async {
-        lifecycle.closing().cancelled().await;
-        asked.cancelled().await;
-    };
-    let stuck = async {
-        switching.cancelled().await;
-        tokio::time::sleep(SWITCH_LIMIT).await;
-    };
-    let ended = tokio::select! {
-        ended = &mut served => ended,
-        () = stuck => return debug!("an upgrade took too long"),
-        // Requests under way are answered; then the connection closes instead of waiting for the next one.
-        () = closing => {
-            Pin::new(&mut served).graceful_shutdown();
-            (&mut served).await
+            Err(failure) => {
+                self.metrics.header_failures.with_label_values(&[failure.label()]).inc();
+                debug!(listener = self.name, proxy.address = %peer.address(), cause = failure.label(), "no good PROXY header");
+                false
+            }
         }
-    };
-    if let Err(error) = ended {
-        return debug!(%error, "connection ended");
-    }
-    let parts = served.into_parts();
-    let upgrade = upgrade.lock().unwrap_or_else(PoisonError::into_inner).take();
-    if let Some(upgrade) = upgrade {
-        upgrade.take(parts.io.into_inner(), parts.read_buf);
-    }
-}
-
-/// Serves HTTP/2 on one connection until it ends or the process stops.
-async fn serve_http2(connection: Connection, peer: Arc<Peer>, lifecycle: &Lifecycle, handler: &Handler) {
-    let handler = Arc::clone(handler);
-    let service = service_fn(move |mut request: HttpRequest| {
-        request.extensions_mut().insert(Arc::clone(&peer));
-        handler(request).map(Ok::<_, Infallible>)
-    });
-    let served = hyper::server::conn::http2::Builder::new(Tasks(lifecycle.clone()))
-        .timer(TokioTimer::new())
-        .keep_alive_interval(HTTP2_KEEP_ALIVE)
-        .keep_alive_timeout(HTTP2_KEEP_ALIVE)
-        .max_concurrent_streams(CALLS_MAX)
-        .serve_connection(TokioIo::new(connection), service);
-    if let Err(error) = served.await {
-        debug!(%error, "connection ended");
-    }
-}
-
-/// How often a peer that says nothing is asked whether it is there, and how long it may take to answer.
-const HTTP2_KEEP_ALIVE: Duration = Duration::from_secs(10);
-
-/// One connection of a listener, which keeps its place until it is dropped.
-#[derive(Debug)]
-pub struct Connection {
-    transport: Transport,
-    _held: Option<Held>,
-}
-
-#[derive(Debug)]
-struct Held {
-    _place: OwnedSemaphorePermit,
-    _counted: Counted,
-}
-
-#[derive(Debug)]
-enum Transport {
-    Tcp(TcpStream),
-    Tls(Box<TlsStream<TcpStream>>),
-    Memory(DuplexStream),
-}
-
-impl Connection {
-    /// One end of a pair that lives in memory, for tests.
-    pub fn memory(stream: DuplexStream) -> Self {
-        Self { transport: Transport::Memory(stream), _held: None }
     }
 
-    /// Moves it to the runtime of the caller, whose thread waits for it from here on.
-    pub fn rehome(self) -> io::Result<Self> {
-        let Self { transport, _held: held } = self;
-        let transport = match transport {
-            Transport::Tcp(stream) => Transport::Tcp(rehome(stream)?),
-            Transport::Tls(stream) => Transport::Tls(Box::new(stream.try_map_socket(rehome)?)),
-            Transport::Memory(stream) => Transport::Memory(stream),
+    /// Reads the name that a client asks for, and whether the connection is to go elsewhere.
+    async fn turn(&self, passer: &dyn Passer, stream: &mut TcpStream, peer: &Peer) -> Turn {
+        let mut read = Vec::new();
+        let name = match timeout(self.room.header_limit, asked_name(stream, &mut read)).await {
+            Ok(Ok(name)) => name,
+            Ok(Err(error)) => {
+                self.tls_failed("protocol", Some(&error));
+                return Turn::Nowhere;
+            }
+            Err(_) => {
+                self.tls_failed("timeout", None);
+                return Turn::Nowhere;
+            }
         };
-        Ok(Self { transport, _held: held })
-    }
-
-    /// How many bytes it keeps, of what was written to it and of what came in.
-    pub fn backlog(&self) -> usize {
-        match &self.transport {
-            Transport::Tcp(_) | Transport::Memory(_) => 0,
-            Transport::Tls(stream) => stream.backlog(),
+        let server = peer.server().or_else(|| stream.local_addr().ok());
+        let (Some(name), Some(server)) = (name, server) else { return Turn::Here(read) };
+        let addresses = Addresses { client: peer.address(), server };
+        match passer.open(&name, addresses, &read).await {
+            Some(owner) => Turn::To(owner),
+            None => Turn::Here(read),
         }
     }
 
-    /// Whether the peer has ended its direction, also when there are bytes before that end which nobody has read yet.
-    ///
-    /// Known from the socket's readiness, without reading. Always false in memory.
-    pub fn is_read_closed(&self) -> bool {
-        let socket = match &self.transport {
-            Transport::Tcp(stream) => stream,
-            Transport::Tls(stream) => stream.socket(),
-            Transport::Memory(_) => return false,
-        };
-        let ready = socket.ready(Interest::READABLE | Interest::ERROR).now_or_never();
-        match ready {
-            Some(Ok(ready)) => ready.is_read_closed() || ready.is_error(),
-            Some(Err(_)) => true,
-            None => false,
+    fn tls_failed(&self, cause: &'static str, error: Option<&io::Error>) {
+        self.metrics.tls_failures.with_label_values(&[cause]).inc();
+        match error {
+            Some(error) => debug!(listener = self.name, %error, "TLS handshake failed"),
+            None => debug!(listener = self.name, "TLS handshake took too long"),
         }
-    }
-
-    fn io(self: Pin<&mut Self>) -> Pin<&mut (dyn Io + '_)> {
-        match &mut self.get_mut().transport {
-            Transport::Tcp(stream) => Pin::new(stream),
-            Transport::Tls(stream) => Pin::new(stream),
-            Transport::Memory(stream) => Pin::new(stream),
-        }
-    }
-}
-
-fn rehome(stream: TcpStream) -> io::Result<TcpStream> {
-    TcpStream::from_std(stream.into_std()?)
-}
-
-trait Io: AsyncRead + AsyncWrite + Unpin {}
-impl<T: AsyncRead + AsyncWrite + Unpin> Io for T {}
-
-impl AsyncRead for Connection {
-    fn poll_read(
-        self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buffer: &mut ReadBuf<'_>,
-    ) -> Poll<io::Result<()>> {
-        self.io().poll_read(cx, buffer)
-    }
-}
-
-impl AsyncWrite for Connection {
-    fn poll_write(self: Pin<&mut Self>, cx: &mut Context<'_>, bytes: &[u8]) -> Poll<io::Result<usize>> {
-        self.io().poll_write(cx, bytes)
-    }
-
-    fn poll_flush(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io().poll_flush(cx)
-    }
-
-    fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
-        self.io().poll_shutdown(cx)
     }
 }
 
