@@ -270,7 +270,7 @@ async fn accept(listener: TcpListener, tls: TlsAcceptor, shared: Arc<Shared>) {
             if shared.mood() != Mood::Away
                 && let Ok(connection) = tls.accept(socket).await
             {
-                let _ = Connection { io: connection, shared }.serve().await;
+                let _ = Box::pin(Connection { io: connection, shared }.serve()).await;
             }
         });
         while connections.try_join_next().is_some() {}
@@ -320,7 +320,7 @@ impl Connection {
             }
             Mood::Endless => {
                 self.begin(200, "").await?;
-                let part = [b' '; 64 * 1024];
+                let part = vec![b' '; 64 * 1024];
                 while self.shared.mood() == Mood::Endless {
                     self.send(&part).await?;
                 }

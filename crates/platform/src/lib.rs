@@ -1,7 +1,8 @@
 //! What every Midspan server process has.
 //!
 //! The rendezvous store, listeners and TLS, the life of the process from start to drain, files that are read
-//! again while running, logs, metrics and the activity log. Only this crate knows where records are kept.
+//! again while running, logs, metrics and the activity log. Only this crate knows where records are kept, and that there is a
+//! Kubernetes.
 
 pub mod activity;
 pub mod admin;

@@ -84,7 +84,7 @@ impl ApiServer {
         })
     }
 
-    /// The client of kube that asks this server.
+    /// The client of kube that asks this server. It has one task, which ends when it is dropped.
     pub(super) fn client(self, namespace: &str) -> Client {
         let server = Arc::new(self);
         let service = tower::service_fn(move |request| {
