@@ -7,6 +7,7 @@ import { counts, echo, handshake } from './figures.js';
 import { base } from './settings.js';
 import { deviceId, signAsService } from './sas.js';
 
+const CONNECTING = 0;
 const OPEN = 1;
 const DRAINING = 1012;
 // How long a stream, an echo or an end may take before it is given up.
@@ -103,8 +104,8 @@ export class Service {
 
   // A stream that ended by itself: the relay may have gone away, but only after its grace.
   account(stream) {
-    const age = (Date.now() - stream.asked) / 1000;
-    const { code, text } = stream.end || { text: 'it still stands, but nothing comes back' };
+    const { at, code, text } = stream.end || { at: Date.now(), text: 'it still stands, but nothing comes back' };
+    const age = (at - stream.asked) / 1000;
     if (code === DRAINING && age >= this.grace) {
       counts.drained.add(1);
     } else {
@@ -171,7 +172,9 @@ class Stream {
 
   // Sends a text and gives the milliseconds until it is back, as the script sees them.
   async echo(text) {
-    await Promise.race([this.opened, this.ended]);
+    if (this.socket.readyState === CONNECTING) {
+      await Promise.race([this.opened, this.ended]);
+    }
     const event = await new Promise((resolve, reject) => {
       const timer = setTimeout(() => this.settle(new Error(`no echo within ${PATIENCE_MS} ms`)), PATIENCE_MS);
       this.waiting = { resolve, reject, timer };
@@ -217,10 +220,10 @@ class Stream {
   }
 }
 
-// Code and text of a close frame, which k6 tells as the text of an error, and for 1000 and 1001 not at all.
+// When a stream ended, and with what: code and text of a close frame. k6 tells them as the text of an error, and 1000 and 1001 not at all.
 function how(failure) {
   const [, code, text] = /close (\d+)[^:]*(?:: (.*))?$/.exec(failure || '') || [];
-  return { code: Number(code) || undefined, text: text || failure || 'closed' };
+  return { at: Date.now(), code: Number(code) || undefined, text: text || failure || 'closed' };
 }
 
 // 503 may be tried again, and so may what no answer came to.

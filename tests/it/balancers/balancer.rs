@@ -37,8 +37,7 @@ pub(super) struct Balancer {
 const QUIET: &str = "20m";
 
 /// Starts a program, says its process id, and ends it with the end of standard input, which comes with the end of this process at the latest.
-const GUARD: &str =
-    r#"log=$1; shift; "$@" >"$log" 2>&1 </dev/null & echo $!; read -r order; exec 2>/dev/null; kill -TERM $!; wait $!"#;
+const GUARD: &str = r#"log=$1; shift; "$@" >"$log" 2>&1 </dev/null & echo $!; read -r order; exec 2>/dev/null; kill -TERM $!; wait $!"#;
 
 impl Kind {
     /// The program, or `None` where it is not to be had.
@@ -75,6 +74,7 @@ const STREAM_MODULE: &str = "/usr/lib/nginx/modules/ngx_stream_module.so";
 impl Balancer {
     /// Starts one whose time-out for quiet connections is `quiet`.
     pub(super) async fn start(kind: Kind, fleet: &Fleet, quiet: &'static str) -> Self {
+        let mut said = String::new();
         // Somebody else may take the port first.
         for _ in 0..5 {
             let folder = tempfile::tempdir().unwrap();
@@ -86,8 +86,9 @@ impl Balancer {
             if balancer.is_there().await {
                 return balancer;
             }
+            said = balancer.log();
         }
-        panic!("no {kind:?} starts");
+        panic!("no {kind:?} starts:\n{said}");
     }
 
     pub(super) fn address(&self) -> SocketAddr {
@@ -120,7 +121,6 @@ impl Balancer {
             let runs = fs::read_to_string(format!("/proc/{}/stat", self.process))
                 .is_ok_and(|stat| !stat.contains(") Z "));
             if !runs {
-                eprintln!("{}", self.log());
                 return false;
             }
             if TcpStream::connect(self.address).await.is_ok() {

@@ -34,22 +34,22 @@ struct Site {
 
 #[tokio::test]
 async fn links_and_streams_outlive_the_time_out_of_haproxy() {
-    outlives(Kind::HaproxyHttp).await;
+    Box::pin(outlives(Kind::HaproxyHttp)).await;
 }
 
 #[tokio::test]
 async fn links_and_streams_outlive_the_time_out_of_haproxy_below_tls() {
-    outlives(Kind::HaproxyTcp).await;
+    Box::pin(outlives(Kind::HaproxyTcp)).await;
 }
 
 #[tokio::test]
 async fn links_and_streams_outlive_the_time_out_of_nginx() {
-    outlives(Kind::NginxHttp).await;
+    Box::pin(outlives(Kind::NginxHttp)).await;
 }
 
 #[tokio::test]
 async fn links_and_streams_outlive_the_time_out_of_nginx_below_tls() {
-    outlives(Kind::NginxTcp).await;
+    Box::pin(outlives(Kind::NginxTcp)).await;
 }
 
 async fn outlives(kind: Kind) {
