@@ -75,10 +75,10 @@ impl Balancer {
     /// Starts one whose time-out for quiet connections is `quiet`.
     pub(super) async fn start(kind: Kind, fleet: &Fleet, quiet: &'static str) -> Self {
         let mut said = String::new();
-        // Somebody else may take the port first.
+        // Somebody else may take the port first, though few use this address.
         for _ in 0..5 {
             let folder = tempfile::tempdir().unwrap();
-            let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+            let port = TcpListener::bind("127.0.0.3:0").unwrap().local_addr().unwrap();
             let all: Vec<_> = fleet.controls.iter().chain(&fleet.edges).collect();
             write(kind, &folder, fleet, port, quiet, &all);
             let (guard, process) = spawn(kind, &folder);
