@@ -3,6 +3,7 @@
 use std::{path::Path, process::Command, time::Duration};
 
 use testkit::{Process, Relay};
+use tokio::time::{sleep, timeout};
 
 use crate::tools;
 
@@ -67,6 +68,22 @@ async fn a_wrong_key_of_the_devices_fails_the_run() {
     fails(&relay, &relay.path("service.connection"), &group, "midspan_refused_links").await;
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_stream_that_is_cut_before_the_grace_fails_the_run() {
+    if tools::k6().is_none() {
+        return;
+    }
+    let relay = Relay::with(&["--drain-grace", "100ms"]).await;
+    let (service, group) = (relay.path("service.connection"), relay.path("group.key"));
+    let mut k6 = run("rolling", &relay, &service, &group);
+    while k6.is_running() && relay.metrics().await.count("midspan_edge_streams", &[("state", "joined")]) == 0
+    {
+        sleep(Duration::from_millis(50)).await;
+    }
+    relay.process().terminate();
+    assert_fails(&mut k6, "midspan_cut_streams").await;
+}
+
 /// A relay, and keys of another one.
 async fn with_wrong_keys() -> Option<(Relay, tempfile::TempDir)> {
     tools::k6()?;
@@ -82,13 +99,16 @@ async fn with_wrong_keys() -> Option<(Relay, tempfile::TempDir)> {
 }
 
 async fn fails(relay: &Relay, service: &Path, group: &Path, threshold: &str) {
-    let mut k6 = run("setup-rate", relay, service, group);
-    let ended = tokio::time::timeout(LIMIT, async {
+    assert_fails(&mut run("setup-rate", relay, service, group), threshold).await;
+}
+
+async fn assert_fails(k6: &mut Process, threshold: &str) {
+    let ended = timeout(LIMIT, async {
         while k6.is_running() {
-            tokio::time::sleep(Duration::from_millis(20)).await;
+            sleep(Duration::from_millis(20)).await;
         }
     });
-    ended.await.unwrap();
+    assert!(ended.await.is_ok(), "not within {LIMIT:?}: {}", k6.stderr());
     let status = k6.wait_exit().await;
     let crossed = k6.stderr();
     assert!(!status.success(), "{}", k6.stdout_text());
