@@ -3,7 +3,7 @@
 //! The targets under `fuzz/` call these functions with what the fuzzer invents; a test calls them with the seeds under
 //! `fuzz/corpus/`, on the stable compiler. A target checks what must hold for every input, not only that nothing panics.
 
-use std::{fmt::Write as _, str::FromStr};
+use std::{fmt::Write as _, net::IpAddr, str::FromStr};
 
 use http::{HeaderMap, HeaderName, HeaderValue, header};
 use midspan_core::{
@@ -11,6 +11,7 @@ use midspan_core::{
     connection_string::{ConnectionString, Identity},
     credential::Credentials,
     deny::DenyList,
+    forwarded::{self, ForwardedHeader},
     frame::{
         self, CloseFrame, Control, Event, FrameError, FrameReader, HEADROOM, HOLD, Opcode, Passage, Sender,
         Stop,
@@ -22,8 +23,11 @@ use midspan_core::{
     json,
     key::Key,
     link::{self, FromDevice, ToDevice},
+    owner_name::{EdgeUrl, OwnerDomain},
+    passed,
     path::{ApiPath, LegPath, PageQuery},
     problem::Problem,
+    proxy::{self, Addresses, Parsed},
     sas::{SasError, SasToken, without_port},
     ticket::{Owner, Ticket, TicketKeys},
     time::UnixTime,
@@ -55,6 +59,9 @@ pub(crate) const TARGETS: &[Target] = &[
     ("page_query", page_query),
     ("leg_path", leg_path),
     ("upgrade_headers", upgrade_headers),
+    ("proxy", proxy),
+    ("forwarded", forwarded),
+    ("owner_name", owner_name),
 ];
 
 /// How bytes are cut into reads makes no difference; little is held back; what a relay sends on reads the same.
@@ -406,6 +413,83 @@ pub(crate) fn upgrade_headers(data: &[u8]) {
         }
     }
     assert!(websocket_key(&headers).is_ok_and(|key| key == "dGhlIHNhbXBsZSBub25jZQ=="));
+}
+
+/// A header says how much of it is missing, never too much, and reads the same however it is cut; what it says can be
+/// written and read again. Only what the relay has sealed itself opens as such.
+pub(crate) fn proxy(bytes: &[u8]) {
+    let mut have = 0;
+    let whole = loop {
+        match proxy::parse(&bytes[..have]) {
+            Ok(Parsed::Missing(count)) => {
+                assert!(count > 0, "nothing is missing");
+                assert!(have + count <= proxy::HEADER_MAX, "a header without end");
+                if have + count > bytes.len() {
+                    assert_eq!(proxy::parse(bytes).is_err(), false, "refused although more was to come");
+                    return;
+                }
+                have += count;
+            }
+            Ok(whole) => break whole,
+            Err(_) => {
+                assert!(proxy::parse(bytes).is_err(), "refused in pieces, and taken whole");
+                return;
+            }
+        }
+    };
+    assert_eq!(proxy::parse(bytes).as_ref(), Ok(&whole), "what stands behind a header changes it");
+    let Parsed::Whole { size, addresses, fields } = whole else { return };
+    assert_eq!(size, have, "read too far");
+    let Ok(keys) = TicketKeys::new(&key(1), None) else { unreachable!("32 bytes are enough") };
+    let now = UnixTime(1_800_000_000);
+    assert!(passed::open(bytes, &proxy::parse(bytes).unwrap_or(Parsed::Missing(1)), now, &keys).is_err());
+    let Some(addresses) = addresses else { return };
+    let written = proxy::write(addresses, fields);
+    if written.len() <= proxy::HEADER_MAX {
+        let Ok(Parsed::Whole { addresses: Some(again), fields: kept, .. }) = proxy::parse(&written) else {
+            panic!("what was written does not read back")
+        };
+        let ends = |of: Addresses| [of.client, of.server].map(|end| (end.ip().to_canonical(), end.port()));
+        assert_eq!((ends(again), kept), (ends(addresses), fields));
+    }
+    let sealed = passed::seal(addresses, Incarnation::from_random(7), now, &keys);
+    let Ok(parsed) = proxy::parse(&sealed) else { panic!("what was sealed does not read back") };
+    assert!(passed::open(&sealed, &parsed, now, &keys).is_ok());
+}
+
+/// Whatever a client writes, the address that the proxy adds at the end counts; and a client is never a text.
+pub(crate) fn forwarded(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else { return };
+    let (proxy, added) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([192, 0, 2, 7]));
+    let is_trusted = |address: IpAddr| matches!(address, IpAddr::V4(address) if address.octets()[0] == 10);
+    for (header, entry) in [
+        (ForwardedHeader::XForwardedFor, added.to_string()),
+        (ForwardedHeader::Forwarded, format!("for={added}")),
+    ] {
+        let values = [text, entry.as_str()];
+        assert_eq!(forwarded::client(header, values.into_iter(), proxy, is_trusted), added);
+        let alone = forwarded::client(header, [text].into_iter(), proxy, is_trusted);
+        assert!(alone == proxy || text.contains(['.', ':']), "an address out of nothing: {alone}");
+    }
+}
+
+/// The public name of an edge leads back to that edge and to no other; a URL has no brace left in it.
+pub(crate) fn owner_name(bytes: &[u8]) {
+    let Ok(text) = str::from_utf8(bytes) else { return };
+    let (url, name) = text.split_once('\n').unwrap_or((text, "edge-0"));
+    if let Ok(url) = url.parse::<EdgeUrl>() {
+        assert_eq!(url.to_string().parse().as_ref(), Ok(&url));
+        if let Ok(of_edge) = url.of(name) {
+            assert!(!of_edge.contains(['{', '}']), "{of_edge}");
+            assert!(!url.names_owner() || of_edge.contains(name));
+        }
+    }
+    if let Ok(domain) = url.parse::<OwnerDomain>() {
+        if let Ok(public) = domain.name_of(name) {
+            assert_eq!(domain.edge_in(&public).as_deref(), Some(name));
+        }
+        assert_eq!(domain.edge_in(url), None, "the domain itself is no edge");
+    }
 }
 
 fn path_to(address: &DeviceAddress) -> String {

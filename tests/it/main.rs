@@ -21,6 +21,7 @@ mod legs;
 mod lifecycle;
 mod limits;
 mod load;
+mod owners;
 mod python;
 mod rendezvous;
 mod replicas;

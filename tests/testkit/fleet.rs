@@ -83,6 +83,7 @@ pub struct Rolled {
 }
 
 const HOST: &str = "localhost";
+const OWNER_DOMAIN: &str = "streams.example";
 const TICKET_KEY: u8 = 3;
 
 impl Fleet {
@@ -94,6 +95,16 @@ impl Fleet {
     /// The same with flags more for every process.
     pub async fn with(controls: usize, edges: usize, all: &[&str]) -> Self {
         Self::with_flags(controls, edges, Flags { all, ..Flags::default() }).await
+    }
+
+    /// The same where each edge has a name of its own, `{edge}.streams.example`, and passes on what is for another one. With
+    /// flags more for the edges.
+    pub async fn with_names(edges: usize, arguments: &[&str]) -> Self {
+        let names = ["--owner-domain", OWNER_DOMAIN, "--passed-listen", "127.0.0.1:0"];
+        let url = format!("https://{{owner}}.{OWNER_DOMAIN}");
+        let edge = [&names, arguments].concat();
+        let flags = Flags { control: &["--edge-url", &url], edge: &edge, ..Flags::default() };
+        Self::with_flags(1, edges, flags).await
     }
 
     /// The same with flags for each role.
@@ -199,9 +210,14 @@ impl Fleet {
         Member::start(name, arguments, [any, any], tls, Arc::new(AtomicBool::new(true))).await
     }
 
+    /// The keys that tickets are signed with.
+    pub fn ticket_keys() -> TicketKeys {
+        TicketKeys::new(&key(TICKET_KEY), None).unwrap()
+    }
+
     /// What clients see of it: they come in at any process that is open to them.
     pub fn entrances(&self) -> Arc<Entrances> {
-        let tickets = TicketKeys::new(&key(TICKET_KEY), None).unwrap();
+        let tickets = Self::ticket_keys();
         Arc::new(Entrances::new(&self.controls, &self.edges, &self.service, tickets))
     }
 
@@ -304,6 +320,17 @@ impl Member {
         Self { name, target, process, admin, arguments, open }
     }
 
+    /// Its public port, for a client that asks for the host of `url`.
+    pub fn target_for(&self, url: &str) -> Target {
+        let host = url.split(['/', ':']).find(|part| part.contains('.')).expect("a URL with a host");
+        Target { authority: host.to_owned(), ..self.target.clone() }
+    }
+
+    /// Where it takes connections that other edges pass on.
+    pub async fn passed_address(&self) -> SocketAddr {
+        listening(&self.process, "passed").await
+    }
+
     /// Everything on standard error so far.
     pub fn log(&self) -> String {
         self.process.stderr()
@@ -379,8 +406,9 @@ fn make_certificates(folder: &Path) {
     let certificate = parameters.self_signed(&key).unwrap();
     fs::write(folder.join("ca.pem"), certificate.pem()).unwrap();
     let issuer = Issuer::new(parameters, key);
+    let every_edge = format!("*.{OWNER_DOMAIN}");
     let certificates: [(&str, &[&str]); 3] = [
-        ("public", &[HOST, "streams.localhost"]),
+        ("public", &[HOST, "streams.localhost", &every_edge]),
         ("control", &["control.midspan.internal"]),
         ("edge", &["edge.midspan.internal"]),
     ];

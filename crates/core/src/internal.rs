@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 use crate::{
     capability::Capabilities,
     close::CloseReason,
-    id::{DeviceAddress, StreamId},
+    id::{DeviceAddress, Incarnation, StreamId},
     link::Invitation,
 };
 
@@ -26,6 +26,9 @@ pub const LINK_REPLACED: &str = "/internal/v1/links/replaced";
 
 /// Edge: [`EndStream`].
 pub const END_STREAM: &str = "/internal/v1/streams/end";
+
+/// Edge: [`EndPassed`].
+pub const END_PASSED: &str = "/internal/v1/passed/end";
 
 /// Asks a device over the link that the called replica holds.
 ///
@@ -112,6 +115,18 @@ pub struct EndStream {
     pub reason: CloseReason,
 }
 
+/// Ends the streams of the called edge that have a leg on a connection which another edge passes on below TLS. Answered once
+/// their legs have been told.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct EndPassed {
+    /// The form of this message, [`VERSION`].
+    pub v: u8,
+    /// Which edge passes the connections on.
+    pub passer: Incarnation,
+    /// Why.
+    pub reason: CloseReason,
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -132,6 +147,11 @@ mod tests {
         let address: DeviceAddress = "dev1/camera".parse().unwrap();
         reads_back(&DeviceOnline { v: VERSION, address: address.clone() });
         reads_back(&LinkReplaced { v: VERSION, address, generation: u64::MAX });
+        reads_back(&EndPassed {
+            v: VERSION,
+            passer: Incarnation::from_random(1),
+            reason: CloseReason::Draining,
+        });
         reads_back(&EndStream { v: VERSION, stream: StreamId::from_random(1), reason: CloseReason::Deleted });
     }
 

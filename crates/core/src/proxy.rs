@@ -63,6 +63,9 @@ pub struct NoHeader;
 
 /// Reads the header at the start of `bytes`.
 pub fn parse(bytes: &[u8]) -> Result<Parsed<'_>, NoHeader> {
+    if bytes.is_empty() {
+        return Ok(Parsed::Missing(V1_MIN));
+    }
     let begins = |with: &[u8]| bytes.iter().zip(with).all(|(byte, expected)| byte == expected);
     if begins(SIGNATURE) {
         return parse_binary(bytes);
@@ -277,13 +280,15 @@ mod tests {
         }
 
         #[test]
-        fn lines_are_never_read_too_far(a: Ipv4Addr, b: Ipv4Addr, ports: [u16; 2]) {
-            let line = format!("PROXY TCP4 {a} {b} {} {}\r\n", ports[0], ports[1]);
-            let mut have = 0;
-            while let Parsed::Missing(count) = parse(&line.as_bytes()[..have]).unwrap() {
-                have += count;
+        fn lines_are_never_read_too_far(a: Ipv4Addr, b: Ipv4Addr, ports: [u16; 2], words in "[ -~]{0,80}") {
+            let known = format!("PROXY TCP4 {a} {b} {} {}\r\n", ports[0], ports[1]);
+            for line in [known, format!("PROXY UNKNOWN {words}\r\n"), "PROXY UNKNOWN\r\n".to_owned()] {
+                let mut have = 0;
+                while let Parsed::Missing(count) = parse(&line.as_bytes()[..have]).unwrap() {
+                    have += count;
+                }
+                prop_assert_eq!(have, line.len());
             }
-            prop_assert_eq!(have, line.len());
         }
 
         #[test]

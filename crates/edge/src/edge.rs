@@ -179,12 +179,12 @@ impl Edge {
         // Expected legs are taken to the last, so ends may have to be told more than once.
         for _ in 0..DRAIN_ROUNDS {
             let left = self.pairing.live();
-            if left.is_empty() && self.forwards.is_empty() {
+            if left.is_empty() && self.forwards.is_empty() && self.metrics.passed_now.get() == 0 {
                 return;
             }
             info!(streams = left.len(), "the grace period is over, ending what is left");
             let ends = left.iter().map(|facts| self.end_stream(facts.stream, CloseReason::Draining));
-            tokio::join!(futures_util::future::join_all(ends), self.end_forwarded());
+            tokio::join!(futures_util::future::join_all(ends), self.end_forwarded(), self.end_passed());
         }
     }
 

@@ -20,6 +20,7 @@ use tokio::sync::oneshot;
 use crate::{
     leg::Leg,
     milestones::{Milestone, Milestones},
+    passing::Passers,
 };
 
 /// The streams that this edge owns: those with a leg, and those that ended while their tickets are still good.
@@ -60,6 +61,8 @@ pub struct StreamFacts {
     pub first_leg: Instant,
     /// How far it has come.
     pub milestones: Milestones,
+    /// The edges that pass its legs on below TLS, if any do.
+    pub(crate) passers: Passers,
 }
 
 #[derive(Debug)]
@@ -136,6 +139,7 @@ impl Pairing {
                 trace: ticket.trace,
                 first_leg: now,
                 milestones: Milestones::default(),
+                passers: Passers::default(),
             })
         }));
         Some(entry.session.attach(ticket.role).map(|()| Place {

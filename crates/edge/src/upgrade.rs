@@ -2,11 +2,12 @@
 
 use std::sync::Arc;
 
+use futures_util::future::join_all;
 use http::{HeaderMap, HeaderValue, Method, header};
 use midspan_core::{
     close::CloseReason,
     id::{Role, StreamId},
-    internal::{END_STREAM, EndStream},
+    internal::{END_PASSED, END_STREAM, EndPassed, EndStream},
     path::LegPath,
     problem::{Problem, ProblemKind},
     session::AttachError,
@@ -16,7 +17,7 @@ use midspan_platform::{
     clock,
     http::{
         HttpRequest, HttpResponse, authenticated, client_address, first_subprotocol, header as header_value,
-        problem, websocket, websocket_key,
+        passer, problem, websocket, websocket_key,
     },
     internal::{answer_call, question},
 };
@@ -81,6 +82,13 @@ impl Edge {
                 self.end_stream(stream, reason).await;
                 Ok(b"{}".to_vec())
             }
+            END_PASSED => {
+                let EndPassed { passer, reason, .. } = question(text)?;
+                let live = self.pairing.live();
+                let ends = live.iter().filter(|facts| facts.passers.has(passer));
+                join_all(ends.map(|facts| self.end_stream(facts.stream, reason))).await;
+                Ok(b"{}".to_vec())
+            }
             _ => Err(Problem::new(ProblemKind::NotFound, "there is no such call")),
         }
     }
@@ -126,6 +134,9 @@ impl Edge {
         let Admitted { ticket, accept } = admitted;
         let Ticket { stream, role, .. } = ticket;
         let place = self.take_place(&ticket)?;
+        if let Some(passer) = passer(request) {
+            place.facts.passers.set(role, passer);
+        }
         // Looked at once the place is taken: from here on, a change of the deny list finds the stream.
         if self.is_denied(&ticket.address, &ticket.credential) {
             let (edge, reason) = (Arc::clone(self), CloseReason::Revoked);

@@ -12,6 +12,7 @@ use http::{HeaderMap, HeaderValue, Request, Response, StatusCode, header};
 use http_body_util::{BodyExt as _, Full};
 use hyper::body::Incoming;
 use midspan_core::{
+    id::Incarnation,
     problem::{Problem, ProblemKind},
     proxy::Addresses,
 };
@@ -19,7 +20,7 @@ use serde::Serialize;
 use tokio::sync::OwnedSemaphorePermit;
 use tokio_util::sync::CancellationToken;
 
-use crate::listener::{Connection, Forwarders};
+use crate::listener::{Connection, Forwarders, Told};
 
 /// A request as it comes from a listener.
 pub type HttpRequest = Request<Incoming>;
@@ -39,7 +40,7 @@ pub struct Peer {
     /// Where the connection came from.
     address: SocketAddr,
     /// Whose it is and where it was opened to, when a proxy in between has said so.
-    told: OnceLock<Addresses>,
+    told: OnceLock<Told>,
     forwarders: Option<Arc<Forwarders>>,
     pending: Mutex<Option<OwnedSemaphorePermit>>,
     known: CancellationToken,
@@ -63,18 +64,22 @@ impl Peer {
     }
 
     /// The peer is a proxy, and this is whose connection it brings. Said once.
-    pub(crate) fn speaks_for(&self, told: Addresses) {
+    pub(crate) fn speaks_for(&self, told: Told) {
         let _ = self.told.set(told);
     }
 
     /// The address that the connection came from, as far as that is known.
     pub fn address(&self) -> SocketAddr {
-        self.told.get().map_or(self.address, |told| told.client)
+        self.addresses().map_or(self.address, |told| told.client)
     }
 
     /// Where the connection was opened to, when a proxy has said so.
     pub(crate) fn server(&self) -> Option<SocketAddr> {
-        self.told.get().map(|told| told.server)
+        self.addresses().map(|told| told.server)
+    }
+
+    fn addresses(&self) -> Option<Addresses> {
+        self.told.get()?.addresses
     }
 
     /// The peer has shown who it is, and gives its place to the next stranger.
@@ -106,6 +111,11 @@ pub fn client_address<B>(request: &Request<B>) -> Option<String> {
     let forwarded =
         peer.forwarders.as_ref().and_then(|proxies| proxies.client(address.ip(), request.headers()));
     Some(forwarded.map_or_else(|| address.to_string(), |client| client.to_string()))
+}
+
+/// The edge that passes the connection of `request` on below TLS.
+pub fn passer<B>(request: &Request<B>) -> Option<Incarnation> {
+    request.extensions().get::<Arc<Peer>>()?.told.get()?.passer
 }
 
 /// The value of a header, when it is there once and readable.

@@ -6,19 +6,32 @@
 
 mod splice;
 
-use std::{collections::HashMap, net::SocketAddr, sync::Arc, time::Duration};
+use std::{
+    collections::HashMap,
+    net::SocketAddr,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+    time::Duration,
+};
 
 use arc_swap::ArcSwap;
 use async_trait::async_trait;
 use clap::Args;
+use futures_util::future::join_all;
 use midspan_core::{
+    close::CloseReason,
+    id::{Incarnation, Role},
+    internal::{self, END_PASSED, EndPassed},
     owner_name::{NotALabel, OwnerDomain},
     passed,
     proxy::Addresses,
+    ticket::Owner,
 };
 use midspan_platform::{
     clock,
-    internal::advertised,
+    internal::{Calls as _, advertised},
     listener::Passer,
     metrics::Counted,
     rendezvous::{Lease, ServerRole, Timing},
@@ -69,10 +82,45 @@ impl PassingSettings {
 }
 
 /// Where connections for other edges go, by the edges' names.
-pub(crate) type Ways = ArcSwap<HashMap<String, String>>;
+pub(crate) type Ways = ArcSwap<HashMap<String, Way>>;
+
+/// An edge that takes connections from others.
+#[derive(Debug)]
+pub(crate) struct Way {
+    owner: Owner,
+    /// Where it takes them, `host:port`.
+    address: String,
+}
+
+/// The edges that pass the legs of one stream on, as far as that is needed to know them again: half of each one's
+/// incarnation, and 0 for none.
+#[derive(Debug, Default)]
+pub(crate) struct Passers([AtomicU64; 2]);
+
+impl Passers {
+    pub(crate) fn set(&self, role: Role, passer: Incarnation) {
+        let of_role = match role {
+            Role::Service => &self.0[0],
+            Role::Device => &self.0[1],
+        };
+        of_role.store(half(passer), Ordering::Relaxed);
+    }
+
+    pub(crate) fn has(&self, passer: Incarnation) -> bool {
+        self.0.iter().any(|known| known.load(Ordering::Relaxed) == half(passer))
+    }
+}
+
+#[expect(clippy::cast_possible_truncation, reason = "half of the random bits tell two edges apart")]
+fn half(incarnation: Incarnation) -> u64 {
+    incarnation.as_u128() as u64
+}
 
 /// How long an edge may take to take a connection.
 const CONNECT_LIMIT: Duration = Duration::from_secs(2);
+
+/// How long an edge may take to tell the legs of its streams.
+const END_LIMIT: Duration = Duration::from_secs(10);
 
 /// How long the store may take to say which edges there are.
 const STORE_LIMIT: Duration = Duration::from_secs(3);
@@ -109,13 +157,39 @@ impl Edge {
             let leases = timeout(STORE_LIMIT, self.rendezvous.leases(ServerRole::Edge)).await;
             if let Ok(Ok(leases)) = leases {
                 let others = leases.alive.into_iter().filter(|lease| lease.owner.name != self.owner.name);
-                let way = |lease: Lease| Some((lease.owner.name, lease.passed?));
+                let way = |lease: Lease| {
+                    let address = lease.passed?;
+                    Some((lease.owner.name.clone(), Way { owner: lease.owner, address }))
+                };
                 self.ways.store(Arc::new(others.filter_map(way).collect()));
             }
             if timeout(period, self.lifecycle.stopped().cancelled()).await.is_ok() {
                 return;
             }
         }
+    }
+
+    /// Asks the other edges to end the streams whose legs come through here: nothing can be put into a TLS session from
+    /// outside.
+    pub(crate) async fn end_passed(&self) {
+        let Some(internal) = &self.internal else { return };
+        if self.metrics.passed_now.get() == 0 {
+            return;
+        }
+        let passer = self.owner.incarnation;
+        let end = EndPassed { v: internal::VERSION, passer, reason: CloseReason::Draining };
+        let question = serde_json::to_vec(&end).unwrap_or_default();
+        let ways = self.ways.load_full();
+        let calls = ways.values().map(|Way { owner, .. }| {
+            let question = question.clone();
+            async move {
+                let called = internal.call(ServerRole::Edge, owner, END_PASSED, question, END_LIMIT).await;
+                if let Err(error) = called {
+                    warn!(edge = owner.name, %error, "an edge could not be told that connections end which it gets through here");
+                }
+            }
+        });
+        join_all(calls).await;
     }
 }
 
@@ -124,7 +198,7 @@ impl Passer for Edge {
     async fn open(&self, name: &str, addresses: Addresses, hello: &[u8]) -> Option<TcpStream> {
         let edge = self.passing.domain.as_ref()?.edge_in(name)?;
         let ways = self.ways.load_full();
-        let address = ways.get(&edge)?;
+        let Way { address, .. } = ways.get(&edge)?;
         let keys = self.secrets.ticket_keys();
         let opened = async {
             let mut socket = TcpStream::connect(address).await?;

@@ -170,3 +170,119 @@ impl Pipe {
         });
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        task::JoinSet,
+    };
+
+    use super::*;
+
+    const MIB: usize = 1024 * 1024;
+
+    fn limits() -> Limits {
+        let minute = Duration::from_secs(60);
+        Limits { ping: minute, silence: minute, idle: minute, stall: minute, close: minute }
+    }
+
+    async fn pair() -> (TcpStream, TcpStream) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let near = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        (near, listener.accept().await.unwrap().0)
+    }
+
+    /// A client and an owner with the splice between them.
+    async fn spliced(limits: Limits) -> (TcpStream, TcpStream, JoinSet<Ended>) {
+        let ((client, here), (owner, there)) = (pair().await, pair().await);
+        let mut ended = JoinSet::new();
+        ended.spawn(async move { carry(&here, &there, &limits).await });
+        (client, owner, ended)
+    }
+
+    async fn end(mut ended: JoinSet<Ended>) -> Ended {
+        let joined = tokio::time::timeout(Duration::from_secs(30), ended.join_next()).await;
+        joined.unwrap().unwrap().unwrap()
+    }
+
+    #[tokio::test]
+    async fn an_end_of_one_direction_leaves_the_other_one_open() {
+        let (mut client, mut owner, ended) = spliced(limits()).await;
+        client.write_all(b"question").await.unwrap();
+        client.shutdown().await.unwrap();
+        let mut question = String::new();
+        owner.read_to_string(&mut question).await.unwrap();
+        assert_eq!(question, "question");
+        // Much more than any buffer on the way, while nobody reads.
+        let answer: Vec<u8> = (0..8 * MIB).map(|at| (at ^ (at >> 9)).to_le_bytes()[0]).collect();
+        let mut read = Vec::new();
+        let write = async {
+            owner.write_all(&answer).await.unwrap();
+            owner.shutdown().await.unwrap();
+        };
+        let late_read = async {
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            client.read_to_end(&mut read).await.unwrap();
+        };
+        tokio::join!(write, late_read);
+        assert!(read == answer, "other bytes came out, {} of {}", read.len(), answer.len());
+        let ended = end(ended).await;
+        assert!(ended.result.is_ok(), "{ended:?}");
+        assert_eq!(ended.bytes, [8, 8 * MIB as u64]);
+    }
+
+    #[tokio::test]
+    async fn pipes_are_used_again_and_never_hold_what_is_not_theirs() {
+        let mut all = Vec::new();
+        for _ in 0..8 {
+            all.push(spliced(limits()).await);
+        }
+        for round in 0..50u8 {
+            for (at, (client, owner, _)) in all.iter_mut().enumerate() {
+                let said = [round, u8::try_from(at).unwrap()];
+                client.write_all(&said).await.unwrap();
+                let mut heard = [0; 2];
+                owner.read_exact(&mut heard).await.unwrap();
+                assert_eq!(heard, said);
+            }
+        }
+        // A quiet connection has none.
+        let pipes = PIPES.with_borrow(Vec::len);
+        assert!((1..=SPARE).contains(&pipes), "{pipes} pipes");
+    }
+
+    #[tokio::test]
+    async fn a_reset_ends_both_sides() {
+        let (client, mut owner, ended) = spliced(limits()).await;
+        owner.write_all(b"x").await.unwrap();
+        client.set_zero_linger().unwrap();
+        drop(client);
+        assert!(end(ended).await.result.is_err());
+        let read = owner.read(&mut [0; 16]).await;
+        assert!(matches!(read, Ok(0) | Err(_)), "{read:?}");
+    }
+
+    #[tokio::test]
+    async fn who_takes_nothing_says_nothing_or_never_ends_is_given_up() {
+        let short = Duration::from_millis(200);
+        let (client, mut owner, stalled) = spliced(Limits { stall: short, ..limits() }).await;
+        let flood = async { while owner.write_all(&vec![0; MIB]).await.is_ok() {} };
+        let (ended, ()) = tokio::join!(end(stalled), flood);
+        assert_eq!(ended.result.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(client);
+
+        let (mut client, owner, silent) = spliced(Limits { silence: short, ..limits() }).await;
+        client.write_all(b"is anybody there").await.unwrap();
+        assert_eq!(end(silent).await.result.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop((client, owner));
+
+        let (mut client, owner, late) = spliced(Limits { close: short, ..limits() }).await;
+        client.shutdown().await.unwrap();
+        assert_eq!(end(late).await.result.unwrap_err().kind(), io::ErrorKind::TimedOut);
+        drop(owner);
+    }
+}

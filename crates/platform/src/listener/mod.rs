@@ -20,7 +20,7 @@ use tokio::{
 };
 use tracing::{Instrument as _, debug, error, info, info_span, warn};
 
-pub(crate) use self::proxies::Forwarders;
+pub(crate) use self::proxies::{Forwarders, Told};
 pub use self::{connection::Connection, proxies::ProxySettings, serving::serve_http};
 use self::{
     connection::Transport,
@@ -400,9 +400,7 @@ impl Front {
         let read = timeout(self.room.header_limit, self.expected.read(stream)).await;
         match read.unwrap_or(Err(HeaderFailure::Timeout)) {
             Ok(told) => {
-                if let Some(told) = told {
-                    peer.speaks_for(told);
-                }
+                peer.speaks_for(told);
                 true
             }
             Err(failure) => {

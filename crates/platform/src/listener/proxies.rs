@@ -6,6 +6,7 @@ use clap::Args;
 use ipnet::IpNet;
 use midspan_core::{
     forwarded::{self, ForwardedHeader},
+    id::Incarnation,
     passed,
     proxy::{self, Addresses, Parsed},
     ticket::TicketKeys,
@@ -79,6 +80,15 @@ impl Forwarders {
     }
 }
 
+/// What the one in front of a connection says of it.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Told {
+    /// Its ends; `None` for a connection of the proxy's own.
+    pub(crate) addresses: Option<Addresses>,
+    /// The edge that passes it on.
+    pub(crate) passer: Option<Incarnation>,
+}
+
 /// The PROXY header that a connection must begin with.
 #[derive(Debug)]
 pub(super) enum Expected {
@@ -128,8 +138,8 @@ impl Expected {
         }
     }
 
-    /// Reads the header, and nothing behind it. `None` for a connection of the proxy's own.
-    pub(super) async fn read(&self, socket: &mut TcpStream) -> Result<Option<Addresses>, HeaderFailure> {
+    /// Reads the header, and nothing behind it.
+    pub(super) async fn read(&self, socket: &mut TcpStream) -> Result<Told, HeaderFailure> {
         let mut header = Vec::new();
         loop {
             match proxy::parse(&header).map_err(|_| HeaderFailure::Malformed)? {
@@ -139,10 +149,10 @@ impl Expected {
                     socket.read_exact(&mut header[kept..]).await?;
                 }
                 whole @ Parsed::Whole { addresses, .. } => {
-                    let Self::FromEdges(keys) = self else { return Ok(addresses) };
+                    let Self::FromEdges(keys) = self else { return Ok(Told { addresses, passer: None }) };
                     let opened = passed::open(&header, &whole, clock::unix(), &keys.current());
-                    let (_, addresses) = opened.map_err(|_| HeaderFailure::Forged)?;
-                    return Ok(Some(addresses));
+                    let (passer, addresses) = opened.map_err(|_| HeaderFailure::Forged)?;
+                    return Ok(Told { addresses: Some(addresses), passer: Some(passer) });
                 }
             }
         }

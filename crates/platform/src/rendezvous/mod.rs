@@ -304,3 +304,23 @@ pub trait Rendezvous: Send + Sync {
         links: &[(DeviceAddress, LinkRecord)],
     ) -> Result<Vec<DeviceAddress>, StoreError>;
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn leases_of_neighbouring_releases_are_read() {
+        let earlier = r#"{"role":"edge","owner":{"name":"edge-0","incarnation":"0123456789ab4def8123456789abcdef","address":"e:8445"},
+            "accepts":true,"load":3}"#;
+        let lease: Lease = serde_json::from_str(earlier).unwrap();
+        assert_eq!(lease.passed, None);
+        // Without the new field it reads as ever; with it, an earlier release skips it.
+        let mut written = serde_json::to_value(&lease).unwrap();
+        assert_eq!(written, serde_json::from_str::<serde_json::Value>(earlier).unwrap());
+        written["passed"] = "e:8447".into();
+        written["later"] = 1.into();
+        let lease: Lease = serde_json::from_value(written).unwrap();
+        assert_eq!(lease.passed.as_deref(), Some("e:8447"));
+    }
+}
