@@ -1,0 +1,134 @@
+"""Load on a release: k6 in the cluster's network, with the scripts that anybody can run against a relay of their own."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+
+import network
+from commands import Failed, until
+from release import NAME
+from tools import REPOSITORY
+
+SCRIPTS = REPOSITORY / "benches/k6"
+# What the scenarios are about: so many streams held, and so many set-ups a second beside them.
+STREAMS, RATE = 500, 50
+
+
+class Load:
+    """One run of a k6 script: `with Load(...) as load:` starts it, `load.finish()` gives its figures."""
+
+    def __init__(self, release, script, name, **settings):
+        self.release, self.script, self.name = release, script, name
+        self.settings = {"LOAD_STREAMS": STREAMS, "LOAD_RATE": RATE} | settings
+        self.folder = release.cluster.folder / "load"
+        self.process = None
+
+    def __enter__(self):
+        release, cluster = self.release, self.release.cluster
+        self.folder.mkdir(exist_ok=True)
+        keys = release.secret(f"{NAME}-keys")
+        credentials = json.loads(keys["credentials.json"])
+        contents = {
+            "ca": keys["ca.crt"],
+            "group": credentials["group_keys"][0],
+            "service": release.secret(f"{NAME}-connections")["operator.connection"],
+        }
+        for file, text in contents.items():
+            (self.folder / file).write_text(text)
+        hosts = {f"{NAME}-{role}.{release.namespace}.svc": release.service_address(role) for role in ("control", "edge")}
+        env = os.environ | {
+            "SSL_CERT_FILE": str(self.folder / "ca"),
+            "LOAD_SERVICE_FILE": str(self.folder / "service"),
+            "LOAD_GROUP_KEY_FILE": str(self.folder / "group"),
+            "LOAD_HOSTS": ",".join(f"{host}={address}" for host, address in hosts.items()),
+            **{key: str(value) for key, value in self.settings.items()},
+        }
+        self.summary, self.log = self.folder / f"{self.name}.json", self.folder / f"{self.name}.log"
+        words = [
+            *network.within(cluster.network), cluster.tools.program("k6"), "run", "--quiet", "--no-usage-report",
+            "--summary-export", self.summary, SCRIPTS / self.script,
+        ]  # fmt: skip
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(  # noqa: S603
+                [str(word) for word in words], stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env
+            )
+        return self
+
+    def __exit__(self, *_):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait(timeout=10)
+
+    def must_run(self):
+        """What was done under load must be done before the load has ended."""
+        if self.process.poll() is not None:
+            raise Failed(f"the load has ended too early, with {self.process.returncode}: {self.said()}")
+
+    def wait_for_streams(self, count=STREAMS):
+        def enough():
+            self.must_run()
+            return streams(self.release) >= count
+
+        until(f"{count} streams are joined", enough, timeout=120, pause=0.5)
+
+    def finish(self, timeout=300):
+        """Waits for the end of the run, and gives its figures by name."""
+        try:
+            self.process.wait(timeout=timeout)
+        except subprocess.TimeoutExpired as expired:
+            raise Failed(f"k6 has not ended after {timeout} s more: {self.said()}") from expired
+        # 99: a threshold was crossed, which the scenario judges by the figures.
+        if self.process.returncode not in (0, 99):
+            raise Failed(f"k6 ended with {self.process.returncode}: {self.said()}")
+        return {name: figure for name, figure in json.loads(self.summary.read_text())["metrics"].items()}
+
+    def said(self):
+        return self.log.read_text(errors="replace")[-3000:]
+
+
+def count(figures, name):
+    return int(figures.get(f"midspan_{name}", {}).get("count", 0))
+
+
+def must_be_clean(load, figures):
+    """Nothing failed, and nothing was cut that should not have been."""
+    if not count(figures, "streams"):
+        raise Failed(f"there was no load: {load.said()}")
+    wrong = {name: count(figures, name) for name in ("failed_initiations", "cut_streams", "wrong_echoes")}
+    if any(wrong.values()):
+        raise Failed(f"{wrong}: {load.said()}")
+    if load.process.returncode != 0:
+        raise Failed(f"a threshold was crossed: {load.said()}")
+
+
+def told(figures):
+    """The figures that a report shows."""
+    shown = ("streams", "failed_initiations", "cut_streams", "drained_streams", "retries", "held_streams")
+    texts = [f"{count(figures, name)} {name.replace('_', ' ')}" for name in shown]
+    for name in ("handshake", "echo"):
+        if f"midspan_{name}" in figures:
+            texts.append(f"{name} p95 {figures[f'midspan_{name}']['p(95)']:.0f} ms")
+    return texts
+
+
+def metric(text, name, **labels):
+    """The sum of a metric's samples whose labels are these."""
+    total = 0.0
+    for line in text.splitlines():
+        match = re.fullmatch(rf"{name}(?:\{{(.*)\}})? (\S+)", line)
+        if match and all(f'{key}="{value}"' in (match[1] or "") for key, value in labels.items()):
+            total += float(match[2])
+    return total
+
+
+def metrics_of(release, pod):
+    """What the admin port of a pod says."""
+    path = f"/api/v1/namespaces/{release.namespace}/pods/{pod['metadata']['name']}:9090/proxy/metrics"
+    return release.cluster.kubectl("get", "--raw", path, timeout=20)
+
+
+def streams(release):
+    """Joined streams of all edges."""
+    return sum(metric(metrics_of(release, pod), "midspan_edge_streams", state="joined") for pod in release.ready("edge"))
