@@ -1,11 +1,13 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-long gates bench fuzz docs
+.PHONY: help demo check test test-cluster cluster-up cluster-down test-long gates bench fuzz docs
 
 help:
 	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
 	@echo 'make check              format, spelling, scripts, dependencies, licences, lints, documentation'
 	@echo 'make test               every test; installs what it lacks, and says what'
+	@echo 'make test-cluster       the chart in a real Kubernetes cluster on this machine, without Docker; as root'
+	@echo '                        make cluster-up leaves such a cluster for you, make cluster-down takes it away'
 	@echo 'make test-long          the soak of ten minutes, 9,000 idle streams, 1,000 stalled readers, a fleet'
 	@echo 'make gates              instructions, system calls and memory of the data path, against their bounds'
 	@echo 'make bench              the data path beside other relays, in about 15 minutes; ARGS=--quick is rough'
@@ -22,6 +24,16 @@ check:
 
 test:
 	@scripts/test
+
+# SCENARIOS='install changes' tries only these.
+test-cluster:
+	@scripts/test-cluster test $(SCENARIOS)
+
+cluster-up:
+	@scripts/test-cluster up
+
+cluster-down:
+	@scripts/test-cluster down
 
 test-long:
 	@scripts/test-long

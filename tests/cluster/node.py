@@ -113,7 +113,6 @@ class Node:
             # The machine is shared: how full its disk is, is not the cluster's business.
             "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
             "imageGCHighThresholdPercent": 100,
-            "localStorageCapacityIsolation": False,
             "clusterDomain": "cluster.local",
             "clusterDNS": [network.DNS_SERVICE],
             "resolvConf": str(self.folder / "resolv.conf"),

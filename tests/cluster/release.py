@@ -22,6 +22,8 @@ class Release:
         """The namespace refuses every pod that is not restricted."""
         labels = {"pod-security.kubernetes.io/enforce": "restricted"}
         self.cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": self.namespace, "labels": labels}})
+        # No pod is taken before.
+        until("the namespace has its account", lambda: self.get("serviceaccount", "default"))
 
     def helm(self, *words, timeout=PATIENCE + 60, **options):
         home = self.cluster.folder / "helm"
