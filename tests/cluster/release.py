@@ -40,7 +40,7 @@ class Release:
         return self.helm("upgrade", NAME, CHART, "--wait", f"--timeout={PATIENCE}s", *values)
 
     def test(self):
-        return self.helm("test", NAME, "--logs", f"--timeout={PATIENCE}s")
+        return self.helm("test", NAME, f"--timeout={PATIENCE}s")
 
     def kubectl(self, *words, **options):
         return self.cluster.kubectl("--namespace", self.namespace, *words, **options)
