@@ -53,7 +53,9 @@ def up(tools, names):
     cluster = Cluster((names or ["dev"])[0], tools)
     cluster.up(images.make(KEPT / "images"))
     (cluster.folder / "kept").touch()
-    print(f"nsenter --net=/run/netns/{cluster.network} env KUBECONFIG={cluster.kubeconfig} PATH={cluster.tools.program('kubectl').parent}:$PATH bash")
+    programs = tools.program("kubectl").parent
+    print("A shell with kubectl and helm in its network:")
+    print(f"nsenter --net=/run/netns/{cluster.network} env KUBECONFIG={cluster.kubeconfig} PATH={programs}:$PATH bash")
 
 
 def test(tools, names):
@@ -70,7 +72,7 @@ def test(tools, names):
             cluster.up(tars)
         for name, scenario in chosen:
             play(cluster, report, name, scenario)
-    except Exception:  # noqa: BLE001  the cluster is taken down whatever happened
+    except Exception:  # the cluster is taken down whatever happened
         traceback.print_exc()
         if not report.count(FAILED):
             report.add("cluster", "run", FAILED, 0)
@@ -87,7 +89,7 @@ def play(cluster, report, name, scenario):
     """Runs one scenario; after a failure the next ones are still tried."""
     try:
         scenario(cluster, Steps(report, name))
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         if not isinstance(error, Failed):
             traceback.print_exc()
         print(f"{name}: {error}", flush=True)
@@ -101,7 +103,7 @@ def take_down(cluster, report):
     try:
         cluster.down()
         left = cluster.left_behind()
-    except Exception as error:  # noqa: BLE001
+    except Exception as error:
         traceback.print_exc()
         left = [str(error)]
     result = FAILED if left else PASSED

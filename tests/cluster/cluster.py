@@ -14,7 +14,7 @@ from commands import Failed, run, until
 from pki import Authority
 from servers import Servers, is_alive, started
 
-CLUSTERS = Path("/var/tmp/midspan-cluster")  # noqa: S108  its folders are made with mode 700
+CLUSTERS = Path("/var/tmp/midspan-cluster")
 SERVER = f"https://{network.GATEWAY}:6443"
 NODES = 2
 

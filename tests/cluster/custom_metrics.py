@@ -1,6 +1,6 @@
 """A custom-metrics API of a hundred lines: whoever asks for a metric of pods is told what their own /metrics say at that moment.
 
-    custom_metrics.py FOLDER_WITH_KEYS ADDRESS PORT
+custom_metrics.py FOLDER_WITH_KEYS ADDRESS PORT
 """
 
 import json

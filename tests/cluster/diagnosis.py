@@ -21,9 +21,9 @@ def tell(cluster, folder):
         pods = []
     for pod in pods:
         meta = pod["metadata"]
-        for before in ("", "--previous"):
-            words = ["logs", "--namespace", meta["namespace"], meta["name"], "--all-containers", "--tail=2000", *([before] if before else [])]
-            _gather(cluster, folder / f"{meta['name']}{before}.log", words, printed=True)
+        words = ["logs", "--namespace", meta["namespace"], meta["name"], "--all-containers", "--tail=2000"]
+        _gather(cluster, folder / f"{meta['name']}.log", words, printed=True)
+        _gather(cluster, folder / f"{meta['name']}-before.log", [*words, "--previous"], printed=True)
     for log in cluster.folder.glob("*.log"):
         shutil.copy(log, folder / f"server-{log.name}")
     print(f"at length: {folder}", flush=True)

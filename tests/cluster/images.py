@@ -20,7 +20,7 @@ REDIS_PROGRAM = "valkey-server"
 
 
 def make(folder: Path):
-    """Builds all images into the folder, from the programs in the folder that PROGRAMS names or those of a release build; gives the tars."""
+    """Builds all images into the folder and gives the tars; the relay is a release build, or what is in the folder PROGRAMS."""
     folder.mkdir(parents=True, exist_ok=True)
     pause = folder / "pause"
     shutil.copy(shutil.which("catatonit"), pause)

@@ -32,7 +32,7 @@ def start(cluster):
         cluster.apply(*outside_service(NAMESPACE, name, {"https": (port, "TCP")}), api_service(name, group, version, port))
         api = f"{version}.{group}"
         cluster.kubectl("wait", "--for=condition=Available", f"apiservice/{api}", "--timeout=120s", timeout=150)
-    until("there are figures of pods", lambda: cluster.get("--raw", "/apis/metrics.k8s.io/v1beta1/pods")["items"], timeout=120)
+    until("there are figures of pods", lambda: cluster.kubectl("top", "pods", "--all-namespaces", "--no-headers"), timeout=120)
 
 
 def api_service(name, group, version, port):

@@ -20,7 +20,8 @@ class Authority:
         """A new authority, and the pair of keys that signs the tokens of service accounts."""
         self.folder.mkdir()
         self._key(self.key)
-        run("openssl", "req", "-x509", "-new", "-key", self.key, "-subj", "/CN=test-cluster", "-days", DAYS, "-out", self.certificate)
+        subject = ("-subj", "/CN=test-cluster")
+        run("openssl", "req", "-x509", "-new", "-key", self.key, *subject, "-days", DAYS, "-out", self.certificate)
         self._key(self.folder / "tokens.key")
         run("openssl", "pkey", "-in", self.folder / "tokens.key", "-pubout", "-out", self.folder / "tokens.pub")
 
@@ -46,14 +47,16 @@ class Authority:
         certificate, key = self.issue(name, subject)
         path = self.folder / f"{name}.kubeconfig"
         path.write_text(
-            json.dumps({
-                "apiVersion": "v1",
-                "kind": "Config",
-                "clusters": [{"name": "c", "cluster": {"server": server, "certificate-authority": str(self.certificate)}}],
-                "users": [{"name": "u", "user": {"client-certificate": str(certificate), "client-key": str(key)}}],
-                "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
-                "current-context": "x",
-            })
+            json.dumps(
+                {
+                    "apiVersion": "v1",
+                    "kind": "Config",
+                    "clusters": [{"name": "c", "cluster": {"server": server, "certificate-authority": str(self.certificate)}}],
+                    "users": [{"name": "u", "user": {"client-certificate": str(certificate), "client-key": str(key)}}],
+                    "contexts": [{"name": "x", "context": {"cluster": "c", "user": "u"}}],
+                    "current-context": "x",
+                }
+            )
         )
         return path
 

@@ -17,10 +17,8 @@ def started(pid):
 
 
 def is_alive(pid, start):
-    try:
+    with contextlib.suppress(ChildProcessError):
         os.waitpid(pid, os.WNOHANG)
-    except ChildProcessError:
-        pass
     return start is not None and started(pid) == start
 
 
@@ -36,9 +34,7 @@ class Servers:
         log = (self.folder / f"{title}.log").open("ab")
         # nsenter becomes the program, so the number is the server's own.
         words = ["nsenter", f"--net=/run/netns/{self.network}", *(str(word) for word in words)]
-        process = subprocess.Popen(  # noqa: S603
-            words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env
-        )
+        process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True, env=env)
         log.close()
         with self.list.open("a") as listed:
             listed.write(f"{process.pid} {started(process.pid)} {title}\n")

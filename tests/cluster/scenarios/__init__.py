@@ -1,9 +1,14 @@
 """What is tried on a cluster: one file for each scenario, in the order of `ALL`."""
 
-from scenarios import install
+from scenarios import access, autoscale, changes, install, kill, upgrade
 
 ALL = {
     "install": install.scenario,
+    "access": access.scenario,
+    "upgrade": upgrade.scenario,
+    "changes": changes.scenario,
+    "kill": kill.scenario,
+    "autoscale": autoscale.scenario,
 }
 
 

@@ -45,7 +45,8 @@ def out_and_in(release, target, script, name):
     reached = wanted(release)
     began = time.monotonic()
     until("the autoscaler takes them away", lambda: len(release.pods("edge")) == 1, timeout=240, pause=1)
-    return f"2 or more of them {out:.1f} s after the load began, {reached} at its end, 1 after {time.monotonic() - began:.1f} s more"
+    back = time.monotonic() - began
+    return f"2 or more of them {out:.1f} s after the load began, {reached} at its end, 1 after {back:.1f} s more"
 
 
 def wanted(release):

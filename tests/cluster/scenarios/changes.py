@@ -1,4 +1,4 @@
-"""Under load, the number of edges is changed, both roles are updated, and the API server is away: nobody notices."""
+"""Under load the number of edges is changed, both roles are updated, a node is drained, the API server is away: nobody notices."""
 
 import signal
 import time
@@ -8,19 +8,24 @@ from load import Load, must_be_clean, told
 from release import NAME, names, the_release
 
 # Of the load, once all streams stand; what is done meanwhile takes less, also on a busy machine.
-SECONDS = 270
+SECONDS = 210
+# Of an edge that goes down: what is tried does not depend on its length, but the test's length does.
+GRACE = 10
 API_SERVER_AWAY = 60
 
 
 def scenario(cluster, steps):
     release = the_release(cluster)
+    release.upgrade("--set", f"edge.drain.graceSeconds={GRACE}")
     release.scale("edge", 1)
-    with Load(release, "rolling.js", "changes", LOAD_DURATION=SECONDS) as load:
+    with Load(release, "rolling.js", "changes", LOAD_DURATION=SECONDS, LOAD_GRACE=GRACE) as load:
         load.wait_for_streams()
         with steps("edges are scaled 1, 3, 6, 2 under load") as figures:
             figures.append(scale(release, load))
         with steps("both roles are updated under load") as figures:
             figures.append(update(release, load))
+        with steps("one of two nodes is drained under load") as figures:
+            figures.append(drain(cluster, release, load))
         with steps("the API server is away for 60 s under load"):
             away(cluster, release, load)
         with steps("no initiation failed, and no stream was cut before its grace") as figures:
@@ -52,6 +57,29 @@ def update(release, load):
     release.gone(before)
     load.must_run()
     return f"all new after {ready:.1f} s, the last old one gone after {time.monotonic() - began:.1f} s"
+
+
+def drain(cluster, release, load):
+    for role in ("control", "edge"):
+        allowed = release.get("pdb", f"{NAME}-{role}")["status"]["disruptionsAllowed"]
+        if allowed != 1:
+            raise Failed(f"{allowed} pods of {role} may be away, and not 1")
+    # The chart's own Redis is there once, and keeps nothing.
+    keeps = release.pods("redis")[0]["spec"]["nodeName"]
+    node = next(one.name for one in cluster.nodes if one.name != keeps)
+    victims = [pod for pod in release.pods("edge") + release.pods("control") if pod["spec"]["nodeName"] == node]
+    if not victims:
+        raise Failed(f"no pod is on {node}, although they are to be spread")
+    began = time.monotonic()
+    try:
+        cluster.kubectl("drain", node, "--ignore-daemonsets", "--delete-emptydir-data", "--timeout=150s", timeout=180)
+        took = time.monotonic() - began
+        for role in ("control", "edge"):
+            release.wait_for(role, 2)
+    finally:
+        cluster.kubectl("uncordon", node)
+    load.must_run()
+    return f"{len(victims)} pods moved in {took:.1f} s"
 
 
 def away(cluster, release, load):

@@ -34,5 +34,3 @@ def refuses_what_is_not_restricted(release):
             raise
     else:
         raise Failed("it was taken")
-
-
