@@ -7,13 +7,13 @@ mod api;
 mod auth;
 mod balance;
 mod control;
-mod device;
-mod handshake;
+pub mod device;
+pub mod handshake;
 mod metrics;
 mod rates;
 mod replicas;
 mod settings;
-mod view;
+pub mod view;
 
 pub use control::{Control, ControlParts};
 pub use settings::ControlSettings;

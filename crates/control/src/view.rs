@@ -14,17 +14,23 @@ use midspan_platform::{
 
 /// The processes of the relay: who has a lease, and what Kubernetes says of the edges' pods.
 #[derive(Debug, Clone)]
-pub(crate) struct View {
-    pub(crate) edges: Leases,
-    pub(crate) replicas: Leases,
-    pub(crate) pods: Arc<Pods>,
-    pub(crate) seen: Instant,
+pub struct View {
+    /// The edges.
+    pub edges: Leases,
+    /// The control replicas.
+    pub replicas: Leases,
+    /// What Kubernetes says of the edges' pods, where it is asked.
+    pub pods: Arc<Pods>,
+    /// When the leases were looked up.
+    pub seen: Instant,
 }
 
 /// Whether a process is there.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Presence {
+pub enum Presence {
+    /// It has a lease.
     Alive,
+    /// Its lease is missing.
     Gone,
     /// Its lease is missing, but that means nothing now.
     Unknown,
@@ -35,7 +41,7 @@ const MAX_AGE: Duration = Duration::from_secs(3);
 
 impl View {
     /// Nobody has been looked for yet.
-    pub(crate) fn empty(now: Instant) -> Self {
+    pub fn empty(now: Instant) -> Self {
         let nobody = || Leases { alive: Vec::new(), settled: false };
         Self { edges: nobody(), replicas: nobody(), pods: Arc::default(), seen: now }
     }
@@ -44,7 +50,7 @@ impl View {
     ///
     /// Who is missing while that means nothing is taken to be as before: a store that has forgotten is no reason to place no
     /// stream until all have come round.
-    pub(crate) fn new(edges: Leases, replicas: Leases, seen: Instant, before: &Self) -> Self {
+    pub fn new(edges: Leases, replicas: Leases, seen: Instant, before: &Self) -> Self {
         Self {
             edges: with_missing(edges, &before.edges),
             replicas: with_missing(replicas, &before.replicas),
@@ -59,7 +65,7 @@ impl View {
     }
 
     /// Whether the process `owner` is there.
-    pub(crate) fn presence(&self, role: ServerRole, owner: &Owner, now: Instant) -> Presence {
+    pub fn presence(&self, role: ServerRole, owner: &Owner, now: Instant) -> Presence {
         let leases = match role {
             ServerRole::Edge => &self.edges,
             ServerRole::Control => &self.replicas,
@@ -74,7 +80,7 @@ impl View {
     }
 
     /// Whether what is missing here is gone.
-    pub(crate) fn is_settled(&self, now: Instant) -> bool {
+    pub fn is_settled(&self, now: Instant) -> bool {
         self.edges.settled && self.replicas.settled && now.saturating_duration_since(self.seen) <= MAX_AGE
     }
 
@@ -82,7 +88,7 @@ impl View {
     ///
     /// One whose lease is alive and accepts, and which Kubernetes, where it is asked, calls ready. If that leaves nobody the
     /// lease is enough: a Service that was named wrongly, or probes that fail everywhere, must not stop the relay.
-    pub(crate) fn owner_of(&self, stream: StreamId) -> Option<Owner> {
+    pub fn owner_of(&self, stream: StreamId) -> Option<Owner> {
         let (ready, others) = self.candidates();
         let edges = if ready.is_empty() { others } else { ready };
         let names: Vec<_> = edges.iter().map(|lease| lease.owner.name.as_str()).collect();
@@ -102,7 +108,7 @@ impl View {
     }
 
     /// How many links each other replica has that can take more.
-    pub(crate) fn loads_beside(&self, replica: &Owner) -> Vec<u64> {
+    pub fn loads_beside(&self, replica: &Owner) -> Vec<u64> {
         let others = self.replicas.alive.iter();
         let others = others.filter(|lease| lease.accepts && lease.owner.incarnation != replica.incarnation);
         others.map(|lease| lease.load).collect()

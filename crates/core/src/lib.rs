@@ -4,6 +4,7 @@
 //! a task: time, randomness and bytes come in as arguments, decisions go out as values. That is what makes
 //! every rule of the relay testable without waiting and replayable from a seed.
 
+pub mod admission;
 pub mod api;
 pub mod capability;
 pub mod close;

@@ -7,6 +7,7 @@ use std::{
 
 use async_trait::async_trait;
 use midspan_core::{
+    admission::LEEWAY,
     api::HANDSHAKE_MAX,
     close::{CloseReason, Level},
     id::{DeviceAddress, Role, StreamId},
@@ -94,9 +95,6 @@ struct Joined {
     place: Place,
     _counted: Counted,
 }
-
-/// How long a ticket is taken after its time, and so how long an ended stream must be remembered.
-pub(crate) const LEEWAY: Duration = Duration::from_secs(midspan_core::credential::CLOCK_LEEWAY_SECONDS + 1);
 
 /// How long a call to end a stream waits for its legs to be told.
 const END_LIMIT: Duration = Duration::from_secs(8);

@@ -8,8 +8,10 @@ use std::{
 };
 
 use midspan_core::{
+    admission::LEEWAY,
     close::CloseReason,
     id::{DeviceAddress, Role, StreamId, StreamName},
+    problem::{Problem, ProblemKind},
     session::{AttachError, Ready, Session, SessionState},
     ticket::Ticket,
     time::UnixTime,
@@ -24,14 +26,16 @@ use crate::{
 };
 
 /// The streams that this edge owns: those with a leg, and those that ended while their tickets are still good.
-#[derive(Debug, Default)]
-pub struct Pairing {
-    streams: Mutex<Streams>,
+///
+/// What is known of a leg's connection, `L`, is handed from one leg to the other and not looked at.
+#[derive(Debug)]
+pub struct Pairing<L = Leg> {
+    streams: Mutex<Streams<L>>,
 }
 
-#[derive(Debug, Default)]
-struct Streams {
-    entry_by_stream: HashMap<StreamId, Entry>,
+#[derive(Debug)]
+struct Streams<L> {
+    entry_by_stream: HashMap<StreamId, Entry<L>>,
     /// How many of them are not over.
     live: usize,
     /// Streams whose handshake was found to be over its time, and whose end is not reported yet.
@@ -66,34 +70,34 @@ pub struct StreamFacts {
 }
 
 #[derive(Debug)]
-struct Entry {
+struct Entry<L> {
     session: Session,
     /// Absent for a stream that ended before any leg came.
     facts: Option<Arc<StreamFacts>>,
-    waiting: Option<oneshot::Sender<Leg>>,
+    waiting: Option<oneshot::Sender<L>>,
     forget_at: Instant,
 }
 
 /// A leg's place in a stream. Frees it when dropped.
 #[derive(Debug)]
-pub struct Place {
+pub struct Place<L = Leg> {
     /// The stream.
     pub facts: Arc<StreamFacts>,
     /// The leg's role.
     pub role: Role,
-    pairing: Arc<Pairing>,
+    pairing: Arc<Pairing<L>>,
     left: bool,
 }
 
 /// What a leg whose WebSocket is open does next.
 #[derive(Debug)]
-pub enum Next {
+pub enum Next<L = Leg> {
     /// Wait for the other leg to be handed over.
-    Wait(Leg, oneshot::Receiver<Leg>),
+    Wait(L, oneshot::Receiver<L>),
     /// Nothing: it was handed over to the other leg, which had waited.
     HandedOver,
     /// Close: the stream is over.
-    Ended(Leg, CloseReason),
+    Ended(L, CloseReason),
 }
 
 /// What it took to end a stream.
@@ -114,16 +118,39 @@ pub enum End {
     Already(Option<Arc<StreamFacts>>),
 }
 
-impl Pairing {
-    /// A leg came with a good ticket. `forget_at` is when that ticket is past use; `None` means there is no room.
-    pub fn attach(
+impl<L> Pairing<L> {
+    /// Takes a leg with a good ticket, at the moment `now`, when it is `unix` by the clock on the wall. An edge has `most`
+    /// streams, half-open ones included.
+    pub fn take(
+        self: &Arc<Self>,
+        ticket: &Ticket,
+        now: Instant,
+        unix: UnixTime,
+        most: usize,
+    ) -> Result<Place<L>, Problem> {
+        let deadline = now + ticket.expires.since(unix);
+        match self.attach(ticket, now, deadline, deadline + LEEWAY, most) {
+            Some(Ok(place)) => Ok(place),
+            Some(Err(AttachError::Taken)) => {
+                let detail = format!("the {} leg of this stream is attached already", ticket.role);
+                Err(Problem::new(ProblemKind::LegTaken, detail))
+            }
+            Some(Err(AttachError::Ended(reason))) => Err(Problem::from_close(reason)),
+            None => {
+                Err(Problem::new(ProblemKind::Unavailable, "this edge has as many streams as it can take"))
+            }
+        }
+    }
+
+    /// Gives a leg its place. `forget_at` is when its ticket is past use; `None` means there is no room.
+    fn attach(
         self: &Arc<Self>,
         ticket: &Ticket,
         now: Instant,
         deadline: Instant,
         forget_at: Instant,
         most: usize,
-    ) -> Option<Result<Place, AttachError>> {
+    ) -> Option<Result<Place<L>, AttachError>> {
         let mut streams = self.streams();
         if streams.live >= most && !streams.entry_by_stream.contains_key(&ticket.stream) {
             return None;
@@ -200,19 +227,26 @@ impl Pairing {
     /// How many streams are half open, and how many joined.
     pub fn counts(&self) -> (usize, usize) {
         let streams = self.streams();
-        let is_joined = |entry: &&Entry| entry.session.state() == SessionState::Joined;
+        let is_joined = |entry: &&Entry<L>| entry.session.state() == SessionState::Joined;
         let joined = streams.entry_by_stream.values().filter(is_joined).count();
         (streams.live - joined, joined)
     }
 
-    fn streams(&self) -> MutexGuard<'_, Streams> {
+    fn streams(&self) -> MutexGuard<'_, Streams<L>> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl Streams {
+impl<L> Default for Pairing<L> {
+    fn default() -> Self {
+        let streams = Streams { entry_by_stream: HashMap::new(), live: 0, late: Vec::new() };
+        Self { streams: Mutex::new(streams) }
+    }
+}
+
+impl<L> Streams<L> {
     /// The entry of a stream, made if there is none, with the time of `now`.
-    fn entry(&mut self, stream: StreamId, now: Instant, new: impl FnOnce() -> Entry) -> &mut Entry {
+    fn entry(&mut self, stream: StreamId, now: Instant, new: impl FnOnce() -> Entry<L>) -> &mut Entry<L> {
         let Self { entry_by_stream, live, late } = self;
         let entry = entry_by_stream.entry(stream).or_insert_with(|| {
             *live += 1;
@@ -223,7 +257,7 @@ impl Streams {
     }
 }
 
-impl Entry {
+impl<L> Entry<L> {
     /// Ends the handshake if it is over its time: waiting legs are told, and the end is put aside to be reported.
     fn expire(&mut self, now: Instant, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
         if let Some(reason) = self.session.tick(now) {
@@ -240,15 +274,15 @@ impl Entry {
     }
 }
 
-impl Entry {
+impl<L> Entry<L> {
     fn new(deadline: Instant, forget_at: Instant) -> Self {
         Self { session: Session::new(deadline), facts: None, waiting: None, forget_at }
     }
 }
 
-impl Place {
+impl<L> Place<L> {
     /// The leg's WebSocket is open.
-    pub fn ready(&self, leg: Leg, now: Instant) -> Next {
+    pub fn ready(&self, leg: L, now: Instant) -> Next<L> {
         let mut streams = self.pairing.streams();
         let Streams { entry_by_stream, live, late } = &mut *streams;
         let Some(entry) = entry_by_stream.get_mut(&self.facts.stream) else {
@@ -333,7 +367,7 @@ impl Place {
     }
 }
 
-impl Drop for Place {
+impl<L> Drop for Place<L> {
     fn drop(&mut self) {
         if self.left {
             return;

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use futures_util::future::join_all;
 use http::{HeaderMap, HeaderValue, Method, header};
 use midspan_core::{
+    admission::{Entrance, Way, admit, way},
     close::CloseReason,
-    id::{Role, StreamId},
+    id::Role,
     internal::{END_PASSED, END_STREAM, EndPassed, EndStream},
     path::LegPath,
     problem::{Problem, ProblemKind},
-    session::AttachError,
-    ticket::{Ticket, TicketError},
+    ticket::Ticket,
 };
 use midspan_platform::{
     clock,
@@ -26,10 +26,9 @@ use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
 use tracing::{Span, debug_span, info};
 
 use crate::{
-    edge::{Edge, LEEWAY},
+    edge::Edge,
     forward::{CLIENT_ADDRESS, owner_gone},
     leg::Leg,
-    pairing::Place,
 };
 
 /// A leg that may be opened: its ticket is good, and its request a WebSocket's.
@@ -45,12 +44,13 @@ impl Edge {
     /// Answers a request below `/bridges/`.
     pub async fn handle(self: &Arc<Self>, request: &HttpRequest) -> HttpResponse {
         let client = client_address(request);
-        let opened = match self.admit(request) {
-            Ok(admitted) if self.owns(&admitted.ticket) => {
-                self.open_leg(request, admitted, client.as_deref())
-            }
+        let opened = match self.admit(request, Entrance::Public) {
+            Ok((admitted, Way::Here)) => self.open_leg(request, admitted, client.as_deref()),
             // Boxed, because most legs need no room for it.
-            Ok(admitted) => Box::pin(self.forward(request, admitted, client.as_deref())).await,
+            Ok((admitted, Way::ToOwner)) => {
+                Box::pin(self.forward(request, admitted, client.as_deref())).await
+            }
+            Ok((_, Way::Nowhere)) => Err(owner_gone()),
             Err(problem) => Err(problem),
         };
         opened.unwrap_or_else(|problem| self.refuse(problem, client.as_deref()))
@@ -66,10 +66,9 @@ impl Edge {
             .await;
         }
         let client = header_value(&request, CLIENT_ADDRESS);
-        let opened = match self.admit(&request) {
-            Ok(admitted) if self.owns(&admitted.ticket) => self.open_leg(&request, admitted, client),
-            // A leg is forwarded once.
-            Ok(_) => Err(owner_gone()),
+        let opened = match self.admit(&request, Entrance::Internal) {
+            Ok((admitted, Way::Here)) => self.open_leg(&request, admitted, client),
+            Ok((_, Way::ToOwner | Way::Nowhere)) => Err(owner_gone()),
             Err(problem) => Err(problem),
         };
         opened.unwrap_or_else(|problem| self.refuse(problem, client))
@@ -110,19 +109,16 @@ impl Edge {
         problem(&answer)
     }
 
-    fn admit(&self, request: &HttpRequest) -> Result<Admitted, Problem> {
-        let LegPath { stream, role } = LegPath::parse(request.uri().path())?;
+    fn admit(&self, request: &HttpRequest, entrance: Entrance) -> Result<(Admitted, Way), Problem> {
+        let path = LegPath::parse(request.uri().path())?;
         if request.method() != Method::GET {
             let mut problem = Problem::new(ProblemKind::MethodNotAllowed, "a leg is opened with GET");
             problem.allow = Some("GET");
             return Err(problem);
         }
-        let ticket = self.check_ticket(request, stream, role)?;
-        Ok(Admitted { ticket, accept: check_upgrade(request.headers())? })
-    }
-
-    fn owns(&self, ticket: &Ticket) -> bool {
-        ticket.owner.name == self.owner.name && ticket.owner.incarnation == self.owner.incarnation
+        let ticket = admit(&self.secrets.ticket_keys(), ticket_text(request)?, path, clock::unix())?;
+        let way = way(&ticket.owner, &self.owner, entrance);
+        Ok((Admitted { ticket, accept: check_upgrade(request.headers())? }, way))
     }
 
     fn open_leg(
@@ -133,7 +129,7 @@ impl Edge {
     ) -> Result<HttpResponse, Problem> {
         let Admitted { ticket, accept } = admitted;
         let Ticket { stream, role, .. } = ticket;
-        let place = self.take_place(&ticket)?;
+        let place = self.pairing.take(&ticket, clock::now(), clock::unix(), self.settings.max_streams)?;
         if let Some(passer) = passer(request) {
             place.facts.passers.set(role, passer);
         }
@@ -155,47 +151,16 @@ impl Edge {
             lifecycle.spawn(span, edge.run_leg(place, leg));
         }))
     }
+}
 
-    fn check_ticket(&self, request: &HttpRequest, stream: StreamId, role: Role) -> Result<Ticket, Problem> {
-        let invalid = |detail: &str| Problem::new(ProblemKind::TicketInvalid, detail);
-        let text = header_value(request, header::AUTHORIZATION)
-            .and_then(|value| value.split_at_checked("Bearer ".len()))
-            .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer "))
-            .map(|(_, text)| text.trim())
-            .ok_or_else(|| {
-                invalid("send the ticket as `Authorization: Bearer {ticket}`; it is not read from the URL")
-            })?;
-        let now = clock::unix();
-        let ticket = self.secrets.ticket_keys().verify(text, now).map_err(|error| match error {
-            TicketError::Invalid => invalid(&error.to_string()),
-            TicketError::Expired(_) => Problem::new(ProblemKind::TicketExpired, error.to_string()),
-        })?;
-        if ticket.stream != stream || ticket.role != role {
-            let detail = format!("the ticket is for the {} leg of stream {}", ticket.role, ticket.stream);
-            return Err(Problem::new(ProblemKind::TicketMismatch, detail));
-        }
-        if now > ticket.credential_expires.plus(LEEWAY) {
-            return Err(Problem::from_close(CloseReason::CredentialExpired));
-        }
-        Ok(ticket)
-    }
-
-    fn take_place(&self, ticket: &Ticket) -> Result<Place, Problem> {
-        let now = clock::now();
-        let left = ticket.expires.since(clock::unix());
-        let (deadline, forget_at) = (now + left, now + left + LEEWAY);
-        match self.pairing.attach(ticket, now, deadline, forget_at, self.settings.max_streams) {
-            Some(Ok(place)) => Ok(place),
-            Some(Err(AttachError::Taken)) => {
-                let detail = format!("the {} leg of this stream is attached already", ticket.role);
-                Err(Problem::new(ProblemKind::LegTaken, detail))
-            }
-            Some(Err(AttachError::Ended(reason))) => Err(Problem::from_close(reason)),
-            None => {
-                Err(Problem::new(ProblemKind::Unavailable, "this edge has as many streams as it can take"))
-            }
-        }
-    }
+fn ticket_text(request: &HttpRequest) -> Result<&str, Problem> {
+    let text = header_value(request, header::AUTHORIZATION)
+        .and_then(|value| value.split_at_checked("Bearer ".len()))
+        .filter(|(scheme, _)| scheme.eq_ignore_ascii_case("Bearer "));
+    text.map(|(_, text)| text.trim()).ok_or_else(|| {
+        let detail = "send the ticket as `Authorization: Bearer {ticket}`; it is not read from the URL";
+        Problem::new(ProblemKind::TicketInvalid, detail)
+    })
 }
 
 /// Checks the upgrade's headers and gives the value of `Sec-WebSocket-Accept`.

@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 /// The links, and the requests whose answers are awaited.
 #[derive(Debug)]
-pub(crate) struct Links {
+pub struct Links {
     inner: Arc<Mutex<Inner>>,
     turns: Vec<tokio::sync::Mutex<()>>,
 }
@@ -43,10 +43,11 @@ struct Handle {
 
 /// A link that this replica holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Held {
+pub struct Held {
     /// The store's, or the clock's at the beginning of the link for as long as the store has given none.
-    pub(crate) generation: u64,
-    pub(crate) since: UnixTime,
+    pub generation: u64,
+    /// When it began.
+    pub since: UnixTime,
 }
 
 /// What the store knows of a link.
@@ -77,7 +78,7 @@ struct Pending {
 
 /// Why a request did not get to a device's link.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum InviteError {
+pub enum InviteError {
     /// The device has no link.
     Offline,
     /// The device does not take what is queued for it.
@@ -86,7 +87,7 @@ pub(crate) enum InviteError {
 
 /// A link's side of its registration. Dropping it takes the link off the list.
 #[derive(Debug)]
-pub(crate) struct Registration {
+pub struct Registration {
     invitations: mpsc::Receiver<Invitation>,
     order: watch::Receiver<Stay>,
     told_to_move: bool,
@@ -98,17 +99,20 @@ pub(crate) struct Registration {
 
 /// What the relay wants of a link.
 #[derive(Debug)]
-pub(crate) enum Order {
+pub enum Order {
+    /// The device is to be asked.
     Ask(Invitation),
     /// The device is to open another link, and then to let this one go.
     Move,
+    /// The link is to end.
     Goodbye(GoodbyeReason),
 }
 
 /// A service's side of a request. Dropping it makes a later answer one that nobody waits for.
 #[derive(Debug)]
-pub(crate) struct Question {
-    pub(crate) request: RequestId,
+pub struct Question {
+    /// Which request.
+    pub request: RequestId,
     serial: u64,
     answer: oneshot::Receiver<Outcome>,
     inner: Arc<Mutex<Inner>>,
@@ -116,7 +120,7 @@ pub(crate) struct Question {
 
 /// Somebody who waits for a device; the last one takes the notice board down.
 #[derive(Debug)]
-pub(crate) struct Arrivals {
+pub struct Arrivals {
     address: DeviceAddress,
     news: watch::Receiver<()>,
     inner: Arc<Mutex<Inner>>,
@@ -130,7 +134,7 @@ const TURNS: usize = 256;
 
 impl Links {
     /// A device's new link. An older one is told that it was replaced.
-    pub(crate) fn register(&self, address: &DeviceAddress, held: Held) -> Registration {
+    pub fn register(&self, address: &DeviceAddress, held: Held) -> Registration {
         let mut inner = self.lock();
         let serial = inner.next_serial();
         let (sender, invitations) = mpsc::channel(INVITATIONS);
@@ -154,7 +158,7 @@ impl Links {
     }
 
     /// Registers a request whose answer is awaited.
-    pub(crate) fn ask(&self, request: RequestId, address: &DeviceAddress) -> Question {
+    pub fn ask(&self, request: RequestId, address: &DeviceAddress) -> Question {
         let mut inner = self.lock();
         let serial = inner.next_serial();
         let (sender, answer) = oneshot::channel();
@@ -164,7 +168,7 @@ impl Links {
     }
 
     /// Hands a request to the device's link. The token is cancelled when that link is gone.
-    pub(crate) fn invite(
+    pub fn invite(
         &self,
         address: &DeviceAddress,
         invitation: Invitation,
@@ -179,19 +183,19 @@ impl Links {
     }
 
     /// Begins to wait for links of a device, here or elsewhere: those that come from now on are told of.
-    pub(crate) fn arrivals(&self, address: &DeviceAddress) -> Arrivals {
+    pub fn arrivals(&self, address: &DeviceAddress) -> Arrivals {
         let mut inner = self.lock();
         let board = inner.arrival_by_device.entry(address.clone()).or_insert_with(|| watch::Sender::new(()));
         Arrivals { address: address.clone(), news: board.subscribe(), inner: Arc::clone(&self.inner) }
     }
 
     /// The device has a link at another replica.
-    pub(crate) fn online_elsewhere(&self, address: &DeviceAddress) {
+    pub fn online_elsewhere(&self, address: &DeviceAddress) {
         self.lock().tell_arrival(address);
     }
 
     /// The device has a link of this generation at another replica: an older one here is told that it was replaced.
-    pub(crate) fn replaced_elsewhere(&self, address: &DeviceAddress, generation: u64) {
+    pub fn replaced_elsewhere(&self, address: &DeviceAddress, generation: u64) {
         if let Some(link) = self.lock().link_by_device.get(address)
             // Which one is newer is not known before the store has said so.
             && link.standing == Standing::Announced
@@ -202,14 +206,14 @@ impl Links {
     }
 
     /// The link of this device, and whether the store has given its generation.
-    pub(crate) fn held(&self, address: &DeviceAddress) -> Option<(Held, bool)> {
+    pub fn held(&self, address: &DeviceAddress) -> Option<(Held, bool)> {
         let inner = self.lock();
         let link = inner.link_by_device.get(address)?;
         Some((link.held, link.standing == Standing::Announced))
     }
 
     /// The links that the store has not been told of, or, if it has forgotten, also those that it had.
-    pub(crate) fn to_announce(&self, forgotten: bool) -> Vec<(DeviceAddress, Held)> {
+    pub fn to_announce(&self, forgotten: bool) -> Vec<(DeviceAddress, Held)> {
         let inner = self.lock();
         let links = inner.link_by_device.iter().filter(|(_, link)| match link.standing {
             Standing::New => false,
@@ -220,7 +224,7 @@ impl Links {
     }
 
     /// The store knows this link now. False when it is not here any more.
-    pub(crate) fn announced(&self, address: &DeviceAddress, held: Held) -> bool {
+    pub fn announced(&self, address: &DeviceAddress, held: Held) -> bool {
         let mut inner = self.lock();
         let link = inner.link_by_device.get_mut(address).filter(|link| link.held == held);
         if let Some(link) = link {
@@ -231,14 +235,14 @@ impl Links {
     }
 
     /// Says goodbye to one link.
-    pub(crate) fn dismiss(&self, address: &DeviceAddress, held: Held, reason: GoodbyeReason) {
+    pub fn dismiss(&self, address: &DeviceAddress, held: Held, reason: GoodbyeReason) {
         if let Some(link) = self.lock().link_by_device.get(address).filter(|link| link.held == held) {
             link.order.send_replace(Stay::No(reason));
         }
     }
 
     /// Tells up to `count` devices to open another link. Gives how many were told.
-    pub(crate) fn let_go(&self, count: usize) -> usize {
+    pub fn let_go(&self, count: usize) -> usize {
         let told = |link: &&Handle| -> bool {
             link.order.send_if_modified(|stay| {
                 let stays = *stay == Stay::Yes;
@@ -252,14 +256,14 @@ impl Links {
     }
 
     /// Says goodbye to every device.
-    pub(crate) fn dismiss_all(&self, reason: GoodbyeReason) {
+    pub fn dismiss_all(&self, reason: GoodbyeReason) {
         for link in self.lock().link_by_device.values() {
             link.order.send_replace(Stay::No(reason));
         }
     }
 
     /// Says goodbye to the devices that have been revoked.
-    pub(crate) fn dismiss_denied(&self, deny: &DenyList) {
+    pub fn dismiss_denied(&self, deny: &DenyList) {
         for (address, link) in &self.lock().link_by_device {
             if deny.has_device(address) {
                 link.order.send_replace(Stay::No(GoodbyeReason::Revoked));
@@ -268,7 +272,7 @@ impl Links {
     }
 
     /// A lock that all links of one device, and some others, share while they are announced.
-    pub(crate) fn turn(&self, address: &DeviceAddress) -> &tokio::sync::Mutex<()> {
+    pub fn turn(&self, address: &DeviceAddress) -> &tokio::sync::Mutex<()> {
         let mut hasher = DefaultHasher::new();
         address.hash(&mut hasher);
         let turn = usize::try_from(hasher.finish() % self.turns.len() as u64).unwrap_or_default();
@@ -276,16 +280,17 @@ impl Links {
     }
 
     /// Whether the device has a link.
-    pub(crate) fn has(&self, address: &DeviceAddress) -> bool {
+    pub fn has(&self, address: &DeviceAddress) -> bool {
         self.lock().link_by_device.contains_key(address)
     }
 
-    pub(crate) fn count(&self) -> usize {
+    /// How many links are here.
+    pub fn count(&self) -> usize {
         self.lock().link_by_device.len()
     }
 
     /// How many links have not been told to go.
-    pub(crate) fn staying(&self) -> usize {
+    pub fn staying(&self) -> usize {
         self.lock().link_by_device.values().filter(|link| *link.order.borrow() == Stay::Yes).count()
     }
 
@@ -315,7 +320,7 @@ impl Inner {
 
 impl Registration {
     /// Waits for what the relay wants of the link: to ask the device, or to close.
-    pub(crate) async fn next_order(&mut self) -> Order {
+    pub async fn next_order(&mut self) -> Order {
         let told_to_move = self.told_to_move;
         tokio::select! {
             biased;
@@ -337,7 +342,7 @@ impl Registration {
     }
 
     /// The store knows the link by this generation, or could not be told.
-    pub(crate) fn set_generation(&self, generation: Option<u64>) {
+    pub fn set_generation(&self, generation: Option<u64>) {
         let mut inner = lock(&self.inner);
         let link = inner.link_by_device.get_mut(&self.address).filter(|link| link.serial == self.serial);
         if let Some(link) = link {
@@ -352,7 +357,7 @@ impl Registration {
     }
 
     /// Takes an answer of the device. False when nobody waits for it.
-    pub(crate) fn answer(&self, message: FromDevice) -> bool {
+    pub fn answer(&self, message: FromDevice) -> bool {
         let (request, answer) = match message {
             FromDevice::Accept { request, capabilities } => (request, Outcome::Accepted { capabilities }),
             FromDevice::Reject { request, reason } => {
@@ -371,14 +376,14 @@ impl Registration {
     }
 
     /// Whether the device owes an answer.
-    pub(crate) fn owes_answers(&self) -> bool {
+    pub fn owes_answers(&self) -> bool {
         lock(&self.inner).pending_by_request.values().any(|pending| pending.address == self.address)
     }
 }
 
 impl Registration {
     /// Takes the link off the list: nothing more is asked here, but answers still count.
-    pub(crate) fn unlist(&self) {
+    pub fn unlist(&self) {
         let mut inner = lock(&self.inner);
         if inner.link_by_device.get(&self.address).is_some_and(|link| link.serial == self.serial) {
             inner.link_by_device.remove(&self.address);
@@ -386,7 +391,7 @@ impl Registration {
     }
 
     /// Does the same, and lets whoever had asked here ask the device's next link.
-    pub(crate) fn withdraw(&self) {
+    pub fn withdraw(&self) {
         self.unlist();
         self.gone.cancel();
     }
@@ -400,7 +405,7 @@ impl Drop for Registration {
 
 impl Question {
     /// Waits for the device's answer. `None` when the same request was registered once more.
-    pub(crate) async fn answer(&mut self) -> Option<Outcome> {
+    pub async fn answer(&mut self) -> Option<Outcome> {
         (&mut self.answer).await.ok()
     }
 }
@@ -416,7 +421,7 @@ impl Drop for Question {
 
 impl Arrivals {
     /// Waits for the next link of the device, here or elsewhere.
-    pub(crate) async fn next(&mut self) {
+    pub async fn next(&mut self) {
         if self.news.changed().await.is_err() {
             // The board stays for as long as somebody reads it.
             std::future::pending::<()>().await;
@@ -424,7 +429,7 @@ impl Arrivals {
     }
 
     /// Waits for the next link of the device here.
-    pub(crate) async fn next_here(&mut self) {
+    pub async fn next_here(&mut self) {
         loop {
             self.next().await;
             if lock(&self.inner).link_by_device.contains_key(&self.address) {

@@ -1,6 +1,6 @@
 //! The device links of this process.
 
 mod link;
-mod links;
+pub mod links;
 
 pub(crate) use links::{Held, InviteError, Links, Question};

@@ -10,47 +10,21 @@ use midspan_core::{
     internal::Outcome,
     link::Invitation,
     problem::Problem,
-    ticket::{Owner, Ticket},
+    ticket::Ticket,
 };
-use midspan_platform::{
-    clock,
-    internal::CallError,
-    rendezvous::{LinkRecord, ServerRole},
-};
+use midspan_platform::{clock, rendezvous::LinkRecord};
 use secrecy::SecretString;
-use tokio::time::{Instant, sleep};
+use tokio::time::sleep;
 use tracing::warn;
 
-use super::{Attempt, cannot_sign};
-use crate::{api::in_time, view::Presence};
+use super::{
+    Attempt, cannot_sign,
+    search::{Search, Step, Times, verdict},
+};
+use crate::api::in_time;
 
 /// How long requests under way may still take when the process closes.
 const CLOSING_GRACE: Duration = Duration::from_secs(4);
-
-/// How often a link is looked for that nobody has told of: the store may have forgotten who waits.
-const LOOK_AGAIN: Duration = Duration::from_secs(2);
-
-/// How long a device has to turn up elsewhere when the replica that was asked does not answer.
-const LOST_LIMIT: Duration = Duration::from_secs(5);
-
-/// What is known of where a device's link is.
-struct Search {
-    /// What the store said last.
-    found: Option<LinkRecord>,
-    /// Links up to this generation are gone, whatever the store says.
-    passed: u64,
-    /// The replica that may or may not have been asked, and until when that may clear up.
-    lost: Option<(Owner, Instant)>,
-    /// Whether nothing was learned since the store was asked.
-    looked: bool,
-}
-
-/// Where a device's link is.
-enum Place {
-    Here,
-    There(LinkRecord),
-    Nowhere,
-}
 
 impl Attempt {
     /// Waits for the device, asks it, and waits for its answer.
@@ -67,118 +41,77 @@ impl Attempt {
         let ticket = control.secrets.ticket_keys().sign(&device_ticket).map_err(|_| cannot_sign())?;
         let mut arrivals = control.links.arrivals(&self.address);
         let mut question = control.links.ask(RequestId::from_random(clock::random()), &self.address);
-        let mut search = Search { found: link, passed: 0, lost: None, looked: false };
-        let last = self.started + answer_by(control.settings.handshake_limit);
-        let mut deadline = self.started + timeouts.connect;
+        let started = self.started.into_std();
+        let times = Times {
+            connect: started + timeouts.connect,
+            response: timeouts.response,
+            last: started + answer_by(control.settings.handshake_limit),
+        };
+        let mut search = Search::new(control.replica.clone(), self.address.clone(), link, times);
         let closing = async {
             control.lifecycle.closing().cancelled().await;
             sleep(CLOSING_GRACE).await;
         };
         tokio::pin!(closing);
         loop {
-            let mut place = self.place(&search);
-            let until = search.lost.as_ref().map_or(deadline, |(_, until)| deadline.min(*until));
-            let left = until.saturating_duration_since(Instant::now());
-            if matches!(place, Place::Nowhere) && left.is_zero() {
-                // Who seems to be gone may only have come since the last look.
-                control.look().await?;
-                place = self.place(&search);
-                if matches!(place, Place::Nowhere) {
-                    return Err(self.not_found(&search));
+            let step = search.next(control.links.held(&self.address), &control.view(), clock::now());
+            self.asked = search.has_asked();
+            let (link, outcome) = match step {
+                Step::LookAround => {
+                    control.look().await?;
+                    continue;
                 }
-            }
-            if matches!(place, Place::Nowhere) {
-                if search.looked {
+                Step::Find(wait) => {
+                    let waiting = control.rendezvous.await_link(&self.address, &control.replica, wait);
+                    search.found(in_time(waiting).await?);
+                    continue;
+                }
+                Step::Wait(at_most) => {
                     tokio::select! {
                         biased;
                         answer = question.answer() => return verdict(answer.unwrap_or(Outcome::Unknown)),
                         () = arrivals.next() => {}
-                        () = sleep(left.min(LOOK_AGAIN)) => {}
+                        () = sleep(at_most) => {}
                         () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
                     }
-                    search.looked = false;
-                } else {
-                    let waiting = control.rendezvous.await_link(&self.address, &control.replica, left);
-                    search.found = in_time(waiting).await?;
-                    search.looked = true;
+                    search.waited();
+                    continue;
                 }
-                continue;
-            }
-            if !self.asked {
-                self.asked = true;
-                deadline = (Instant::now() + timeouts.response).min(last);
-            }
-            let invitation = self.invitation(question.request, &ticket, deadline);
-            search.looked = false;
-            let outcome = match &place {
-                Place::Here | Place::Nowhere => tokio::select! {
-                    outcome = control.put(&mut question, &self.address, invitation) => Ok(outcome),
-                    () = &mut closing => Err(None),
-                },
-                Place::There(link) => tokio::select! {
-                    biased;
-                    // Over a link that has come here since.
-                    answer = question.answer() => Ok(answer.unwrap_or(Outcome::Unknown)),
-                    outcome = control.put_elsewhere(&link.replica, &self.address, invitation) => outcome.map_err(Some),
-                    () = arrivals.next_here() => continue,
-                    () = &mut closing => Err(None),
-                },
+                Step::AskHere(within) => {
+                    let invitation = self.invitation(question.request, &ticket, within);
+                    let outcome = tokio::select! {
+                        outcome = control.put(&mut question, &self.address, invitation) => outcome,
+                        () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
+                    };
+                    (None, Ok(outcome))
+                }
+                Step::AskThere(link, within) => {
+                    control.links.replaced_elsewhere(&self.address, link.generation);
+                    let invitation = self.invitation(question.request, &ticket, within);
+                    let outcome = tokio::select! {
+                        biased;
+                        // Over a link that has come here since.
+                        answer = question.answer() => Ok(answer.unwrap_or(Outcome::Unknown)),
+                        outcome = control.put_elsewhere(&link.replica, &self.address, invitation) => outcome,
+                        () = arrivals.next_here() => continue,
+                        () = &mut closing => return Err(Problem::from_close(CloseReason::InvitationFailed)),
+                    };
+                    (Some(link), outcome)
+                }
+                Step::GiveUp(problem) => return Err(*problem),
             };
-            match outcome {
-                Ok(Outcome::NoLink) => {
-                    search.lost = None;
-                    match place {
-                        Place::There(link) => search.passed = link.generation,
-                        // It left between the look and the call.
-                        Place::Here | Place::Nowhere => tokio::task::yield_now().await,
-                    }
-                }
-                Ok(outcome) => return verdict(outcome),
-                Err(Some(error @ (CallError::Gone | CallError::Unreachable(_)))) => {
-                    warn!(%error, "an invitation was lost on the way");
-                    let Place::There(link) = place else { continue };
-                    if error == CallError::Gone {
-                        search.passed = link.generation;
-                    } else {
-                        // The same replica is tried again, but not at once.
-                        search.found = None;
-                        search.looked = true;
-                    }
-                    let until = search.lost.map_or_else(|| Instant::now() + LOST_LIMIT, |(_, until)| until);
-                    search.lost = Some((link.replica, until));
-                }
-                Err(error) => {
-                    if let Some(error) = error {
-                        warn!(%error, "a replica could not ask its device");
-                    }
-                    return Err(Problem::from_close(CloseReason::InvitationFailed));
-                }
+            if let Err(error) = &outcome {
+                warn!(%error, "an invitation was lost on the way");
             }
+            if let Some(answer) = search.heard(link, outcome, clock::now()) {
+                return answer;
+            }
+            // A link that has left is off the list once its task has had a turn.
+            tokio::task::yield_now().await;
         }
     }
 
-    /// Where the device's link is, as far as that is known.
-    fn place(&self, search: &Search) -> Place {
-        let control = &self.control;
-        let found = search.found.as_ref().filter(|link| link.generation > search.passed);
-        let elsewhere = found.filter(|link| link.replica != control.replica);
-        let elsewhere = elsewhere.filter(|link| {
-            control.view().presence(ServerRole::Control, &link.replica, clock::now()) != Presence::Gone
-        });
-        match (control.links.held(&self.address), elsewhere) {
-            (Some((held, certain)), Some(link)) if certain && held.generation < link.generation => {
-                // Nobody has told the link here yet.
-                control.links.replaced_elsewhere(&self.address, link.generation);
-                Place::There(link.clone())
-            }
-            (Some(_), _) => Place::Here,
-            (None, Some(link)) => Place::There(link.clone()),
-            (None, None) => Place::Nowhere,
-        }
-    }
-
-    fn invitation(&self, request: RequestId, ticket: &SecretString, deadline: Instant) -> Invitation {
-        let left = deadline.saturating_duration_since(Instant::now());
+    fn invitation(&self, request: RequestId, ticket: &SecretString, within: Duration) -> Invitation {
         Invitation {
             request,
             stream: self.stream,
@@ -186,48 +119,10 @@ impl Attempt {
             url: self.leg_url(Role::Device),
             ticket: ticket.clone(),
             expires: self.expires,
-            answer_within_ms: u64::try_from(left.as_millis()).unwrap_or(u64::MAX),
+            answer_within_ms: u64::try_from(within.as_millis()).unwrap_or(u64::MAX),
             capabilities: self.request.capabilities.clone(),
             metadata: self.request.metadata.clone(),
             traceparent: self.trace.child(clock::random_u64()),
-        }
-    }
-
-    /// What the service hears when the device was not found in time.
-    fn not_found(&self, search: &Search) -> Problem {
-        let (view, now) = (self.control.view(), clock::now());
-        match &search.lost {
-            Some((replica, _)) if view.presence(ServerRole::Control, replica, now) != Presence::Gone => {
-                Problem::from_close(CloseReason::InvitationFailed)
-            }
-            _ if !view.is_settled(now) => crate::api::not_known_yet(),
-            _ => {
-                let detail = format!(
-                    "device {} is not connected to the relay; start it, or wait longer with connect_timeout_seconds",
-                    self.address
-                );
-                Problem::new(CloseReason::DeviceOffline.into(), detail)
-            }
-        }
-    }
-}
-
-fn verdict(outcome: Outcome) -> Result<Capabilities, Problem> {
-    match outcome {
-        Outcome::Accepted { capabilities } => Ok(capabilities),
-        Outcome::Rejected { reason } => {
-            let said = if reason.is_empty() {
-                "the device gave no reason".to_owned()
-            } else {
-                format!("the device said: {reason}")
-            };
-            let mut problem = Problem::new(CloseReason::DeviceRejected.into(), said);
-            problem.device_reason = Some(reason);
-            Err(problem)
-        }
-        Outcome::Silent => Err(Problem::from_close(CloseReason::DeviceSilent)),
-        Outcome::NoLink | Outcome::QueueFull | Outcome::Unknown => {
-            Err(Problem::from_close(CloseReason::InvitationFailed))
         }
     }
 }

@@ -1,6 +1,7 @@
 //! From a service's request to the device's answer.
 
 mod ask;
+pub mod search;
 
 use std::sync::Arc;
 

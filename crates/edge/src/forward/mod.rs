@@ -97,11 +97,8 @@ impl Edge {
     ) -> Result<HttpResponse, Problem> {
         let Admitted { ticket, accept } = admitted;
         let Ticket { stream, role, owner, .. } = ticket;
-        let internal = match &self.internal {
-            Some(internal) if owner.name != self.owner.name && !owner.address.is_empty() => internal,
-            // Another life of this edge, or there is no way to another one.
-            _ => return Err(owner_gone()),
-        };
+        // An edge that is alone has no way to another one.
+        let internal = self.internal.as_ref().ok_or_else(owner_gone)?;
         authenticated(request);
         let opened = timeout(LIMIT, open(internal, request, &owner, client)).await;
         let (connection, early) = opened.unwrap_or_else(|_| {

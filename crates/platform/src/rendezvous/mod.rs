@@ -6,6 +6,7 @@
 
 mod memory;
 mod metrics;
+mod records;
 mod redis;
 mod settling;
 
@@ -25,6 +26,7 @@ use thiserror::Error;
 
 pub use memory::MemoryRendezvous;
 pub use metrics::StoreMetrics;
+pub use records::{Moment, Records};
 pub use redis::{RedisRendezvous, RedisSettings, RedisUrl};
 
 /// The store does not do what it was asked. The caller answers 503 and the service may try again.

@@ -3,7 +3,7 @@ use std::time::{Duration, Instant};
 use super::Timing;
 
 /// When a missing lease proves nothing: while nobody could renew, and for two renewals after that.
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 pub(super) struct Settling {
     renewed: Option<Instant>,
     until: Option<Instant>,
