@@ -1,8 +1,8 @@
 use std::{
     future::poll_fn,
     pin::pin,
-    sync::{Arc, Mutex, PoisonError},
-    time::{Duration, Instant},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
 };
 
 use async_trait::async_trait;
@@ -31,6 +31,7 @@ use tracing::{debug, error, info, info_span, warn};
 
 use crate::{
     DataThreads, EdgeSettings,
+    announcements::Announcements,
     forward::Forwards,
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
@@ -61,8 +62,7 @@ pub struct Edge {
     pub(crate) forwards: Arc<Forwards>,
     pub(crate) passing: Passing,
     pub(crate) ways: Ways,
-    /// When the store forgot streams that were here, last.
-    forgot: Mutex<Option<Instant>>,
+    announcements: Mutex<Announcements>,
 }
 
 /// What an edge is made of.
@@ -146,7 +146,7 @@ impl Edge {
             forwards: Arc::default(),
             passing: parts.passing,
             ways: Ways::default(),
-            forgot: Mutex::default(),
+            announcements: Mutex::default(),
         });
         let span = info_span!("edge", edge = edge.owner.name);
         edge.lifecycle.spawn(span.clone(), Arc::clone(&edge).sweep());
@@ -282,7 +282,9 @@ impl Edge {
         let joined = StreamState::Joined { joined: clock::unix() };
         match timeout(STORE_LIMIT, self.rendezvous.advance_stream(facts.stream, joined)).await {
             // The store has forgotten it during its handshake; or it knows better, and then this changes nothing.
-            Ok(Ok(None)) if self.forgot_lately() => drop(self.restore(&[Arc::clone(&facts)]).await),
+            Ok(Ok(None)) if self.announcements().unknown(clock::now()) => {
+                self.restore(&[Arc::clone(&facts)]).await;
+            }
             Ok(Ok(_)) => {}
             // Once the store is back, all streams are announced again.
             Ok(Err(error)) => warn!(stream.id = %facts.stream, %error, "a stream could not be announced"),
@@ -291,10 +293,8 @@ impl Edge {
         facts.milestones.reach(Milestone::Announced);
     }
 
-    /// Whether the store has forgotten a handshake that may still be under way.
-    fn forgot_lately(&self) -> bool {
-        let forgot = *self.forgot.lock().unwrap_or_else(PoisonError::into_inner);
-        forgot.is_some_and(|forgot| clock::now().saturating_duration_since(forgot) < 2 * HANDSHAKE_MAX)
+    fn announcements(&self) -> MutexGuard<'_, Announcements> {
+        self.announcements.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Announces joined streams again, to a store that may have forgotten them. Whether it knows them now.
@@ -443,7 +443,6 @@ impl Edge {
     }
 
     async fn keep_lease(self: Arc<Self>) {
-        let mut forgotten = false;
         loop {
             let (half_open, joined) = self.pairing.counts();
             let has_room = half_open + joined < self.settings.max_streams;
@@ -458,12 +457,10 @@ impl Edge {
             };
             match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
                 Ok(Ok(renewal)) => {
-                    if renewal.forgotten && half_open + joined > 0 {
-                        forgotten = true;
-                        *self.forgot.lock().unwrap_or_else(PoisonError::into_inner) = Some(clock::now());
-                    }
-                    if forgotten {
-                        forgotten = !self.restore(&self.pairing.joined()).await;
+                    let owed = self.announcements().renewed(renewal, load > 0, clock::now());
+                    if owed {
+                        let done = self.restore(&self.pairing.joined()).await;
+                        self.announcements().restored(done);
                     }
                 }
                 Ok(Err(error)) => warn!(%error, "the edge's lease could not be renewed"),

@@ -4,11 +4,12 @@
 //! legs are there (a leg whose stream belongs to another edge goes there with `forward`, and a connection that asks for another edge by name with `passing`), `leg` keeps the first one waiting, `threads` gives the joined stream a thread, `splice` moves the bytes,
 //! and the end is reported once.
 
+pub mod announcements;
 mod edge;
 mod forward;
 pub mod leg;
 mod metrics;
-mod milestones;
+pub mod milestones;
 mod moderation;
 pub mod pairing;
 mod passing;

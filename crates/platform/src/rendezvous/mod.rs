@@ -4,10 +4,12 @@
 //! forget all or some of what it was told (a restart, a failover). It says so when a lease is renewed, and whoever holds
 //! streams or links announces them again: the processes hold the truth, and the store only brings it together.
 
+mod ends;
 mod memory;
 mod metrics;
 mod records;
 mod redis;
+mod seen;
 mod settling;
 
 use std::time::Duration;
@@ -24,10 +26,12 @@ use midspan_core::{
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
+pub use ends::Ends;
 pub use memory::MemoryRendezvous;
 pub use metrics::StoreMetrics;
 pub use records::{Moment, Records};
 pub use redis::{RedisRendezvous, RedisSettings, RedisUrl};
+pub use seen::{Look, Seen};
 
 /// The store does not do what it was asked. The caller answers 503 and the service may try again.
 #[derive(Debug, Clone, PartialEq, Eq, Error)]

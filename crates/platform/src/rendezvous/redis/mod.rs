@@ -23,7 +23,7 @@ mod untold;
 use std::{
     collections::{HashMap, VecDeque},
     sync::{Arc, Mutex, PoisonError},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -44,10 +44,9 @@ use self::{
     keys::{BUCKETS, Keys, link_bucket, stream_bucket},
     scripts::Script,
     slots::{Scope, Slots},
-    untold::Untold,
 };
 use super::{
-    CreateError, Lease, Leases, LinkRecord, LinkUp, Rendezvous, Renewal, ServerRole, StoreError,
+    CreateError, Ends, Lease, Leases, LinkRecord, LinkUp, Look, Rendezvous, Renewal, Seen, ServerRole, StoreError,
     StoreFailure, StoreMetrics, StreamLimits, Timing,
 };
 use crate::{clock, lifecycle::Lifecycle};
@@ -61,17 +60,9 @@ pub struct RedisRendezvous {
     /// From the reservation of a device's place until its stream must be recorded.
     creation_limit: Duration,
     slots: Arc<Slots>,
-    untold: Untold,
+    ends: Mutex<Ends>,
     metrics: StoreMetrics,
     seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
-}
-
-/// What a renewal saw of the servers; another sight means that they may have forgotten.
-#[derive(Debug, Default)]
-struct Seen {
-    server: Option<Arc<str>>,
-    epoch: u64,
-    mark_by_base: HashMap<String, u64>,
 }
 
 /// The form of what this release writes. A newer one may have more fields.
@@ -136,7 +127,7 @@ impl RedisRendezvous {
             timing,
             creation_limit: settings.redis_command_timeout * 2,
             metrics,
-            untold: Untold::default(),
+            ends: Mutex::default(),
             seen_by_incarnation: Mutex::default(),
         });
         lifecycle.spawn_recorder(Span::current(), Arc::clone(&store).tell_again(lifecycle.clone()));
@@ -201,8 +192,12 @@ impl RedisRendezvous {
             [stream.to_string(), next.rank().to_string(), json(&next)?, milliseconds(self.timing.remember)];
         let base = self.keys.streams(stream_bucket(stream));
         let advanced = self.redis.run::<Option<String>>(Script::AdvanceStream, &base, &arguments).await;
-        if advanced.is_err() && matches!(next, StreamState::Ended(_)) {
-            self.untold.push(stream, next.clone());
+        if matches!(next, StreamState::Ended(_)) {
+            if advanced.is_ok() {
+                self.ends().told(stream, next.clone(), clock::now());
+            } else if !self.ends().failed(stream, next.clone()) {
+                warn!("too many ends that the store has not heard of; the oldest is left out");
+            }
         }
         let Some(record) = advanced?.and_then(|record| self.read::<StreamRecord>(&record)) else {
             return Ok(None);
@@ -337,7 +332,7 @@ impl RedisRendezvous {
     }
 
     /// Whether the servers look otherwise than at the last renewal of `incarnation`, or took it for lost in between.
-    async fn has_forgotten(&self, incarnation: Incarnation, mark: u64, lapsed: bool) -> bool {
+    async fn has_forgotten(&self, incarnation: Incarnation, mark: u64, lapsed: bool, began: Instant) -> bool {
         let mut marks = vec![(self.keys.membership(), mark)];
         let mut epoch = 0;
         if self.redis.is_cluster() {
@@ -349,9 +344,9 @@ impl RedisRendezvous {
             marks.extend(join_all(seen).await.into_iter().flatten());
         }
         let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap_or_else(PoisonError::into_inner);
-        let is_first = !seen_by_incarnation.contains_key(&incarnation);
+        let look = Look { server: self.redis.server(), epoch, marks, lapsed };
         let seen = seen_by_incarnation.entry(incarnation).or_default();
-        seen.differs(self.redis.server(), epoch, marks) || (lapsed && !is_first)
+        seen.renewed(look, self.timing.lease, began, clock::now())
     }
 
     /// A device's link out of replica, generation and time.
@@ -507,6 +502,7 @@ impl Rendezvous for RedisRendezvous {
     }
 
     async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
+        let began = clock::now();
         let arguments = [
             role(lease.role).to_owned(),
             lease.owner.incarnation.to_string(),
@@ -515,7 +511,9 @@ impl Rendezvous for RedisRendezvous {
             milliseconds(self.timing.renewal),
         ];
         let (mark, lapsed) = self.redis.run(Script::Renew, &self.keys.membership(), &arguments).await?;
-        Ok(Renewal { forgotten: self.has_forgotten(lease.owner.incarnation, mark, lapsed).await })
+        let forgotten = self.has_forgotten(lease.owner.incarnation, mark, lapsed, began).await;
+        self.ends().renewed(forgotten, clock::now());
+        Ok(Renewal { forgotten })
     }
 
     async fn withdraw(&self, of: ServerRole, owner: &Owner) -> Result<(), StoreError> {
@@ -620,25 +618,6 @@ impl Rendezvous for RedisRendezvous {
             }
         }
         Ok(outdated)
-    }
-}
-
-impl Seen {
-    /// Takes a new look, and says whether it differs from the one before.
-    fn differs(&mut self, server: Option<Arc<str>>, epoch: u64, marks: Vec<(String, u64)>) -> bool {
-        let mut differs = false;
-        if let Some(server) = server {
-            let before = self.server.replace(Arc::clone(&server));
-            differs |= before.is_some_and(|before| before != server);
-        }
-        // Servers of a Cluster hear of a new epoch one after the other.
-        differs |= self.epoch > 0 && epoch > self.epoch;
-        self.epoch = self.epoch.max(epoch);
-        for (base, mark) in marks {
-            let before = self.mark_by_base.insert(base, mark);
-            differs |= before.is_some_and(|before| before != mark);
-        }
-        differs
     }
 }
 

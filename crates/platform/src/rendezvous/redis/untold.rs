@@ -1,24 +1,15 @@
-//! Ends that could not be told, which are told once the store can be reached again.
+//! Ends that could not be told, or may have been lost, which are told once the store can be reached again.
 
 use std::{
-    collections::VecDeque,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use futures_util::future::join_all;
-use midspan_core::{id::StreamId, record::StreamState};
-use tracing::{info, warn};
+use tracing::info;
 
 use super::RedisRendezvous;
-use crate::lifecycle::Lifecycle;
-
-/// Ends that the store does not know of, the oldest first.
-#[derive(Debug, Default)]
-pub(super) struct Untold(Mutex<VecDeque<(StreamId, StreamState)>>);
-
-/// How many are kept, at some 200 bytes each. Of what goes beyond that, the store hears when their edge is gone.
-const KEPT_MAX: usize = 50_000;
+use crate::{lifecycle::Lifecycle, rendezvous::Ends};
 
 /// How often they are tried.
 const AGAIN: Duration = Duration::from_millis(500);
@@ -26,28 +17,11 @@ const AGAIN: Duration = Duration::from_millis(500);
 /// How many are told at the same time.
 const AT_ONCE: usize = 64;
 
-impl Untold {
-    pub(super) fn push(&self, stream: StreamId, end: StreamState) {
-        let mut ends = self.ends();
-        if ends.len() == KEPT_MAX {
-            warn!("too many ends that the store has not heard of; the oldest is left out");
-            ends.pop_front();
-        }
-        ends.push_back((stream, end));
-    }
-
-    fn take(&self) -> Vec<(StreamId, StreamState)> {
-        let mut ends = self.ends();
-        let count = ends.len().min(AT_ONCE);
-        ends.drain(..count).collect()
-    }
-
-    fn ends(&self) -> MutexGuard<'_, VecDeque<(StreamId, StreamState)>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
 impl RedisRendezvous {
+    pub(super) fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Tells what could not be told, again and again, to the end of the process.
     pub(super) async fn tell_again(self: Arc<Self>, lifecycle: Lifecycle) {
         while tokio::time::timeout(AGAIN, lifecycle.silent().cancelled()).await.is_err() {
@@ -59,7 +33,7 @@ impl RedisRendezvous {
     async fn tell_untold(&self) {
         let mut told = 0;
         loop {
-            let ends = self.untold.take();
+            let ends = self.ends().take(AT_ONCE);
             if ends.is_empty() {
                 break;
             }
@@ -71,7 +45,7 @@ impl RedisRendezvous {
             }
         }
         if told > 0 {
-            info!(told, "ends told that the store had not heard of");
+            info!(told, "ends told that the store had not heard of, or may have forgotten");
         }
     }
 }

@@ -1,0 +1,240 @@
+//! A rendezvous store that can be made to fail: the records of the store in memory, on any clock.
+
+use std::{
+    collections::HashMap,
+    sync::{Arc, Mutex, MutexGuard},
+    time::Duration,
+};
+
+use async_trait::async_trait;
+use midspan_core::{
+    id::{DeviceAddress, Incarnation, StreamId},
+    record::{StreamRecord, StreamState},
+    ticket::Owner,
+};
+use midspan_platform::rendezvous::{
+    CreateError, Ends, Lease, Leases, LinkRecord, LinkUp, Look, Moment, Records, Rendezvous, Renewal, Seen,
+    ServerRole, StoreError, StoreFailure, StreamLimits, Timing,
+};
+
+/// The server.
+pub(crate) struct SimStore {
+    timing: Timing,
+    clock: Box<dyn Fn() -> Moment + Send + Sync>,
+    state: Mutex<State>,
+}
+
+struct State {
+    records: Records,
+    /// What a follower knows that is cut off from its master.
+    follower: Option<Records>,
+    /// Changes when another server answers, or the same one comes back empty.
+    server: u64,
+    health: Health,
+}
+
+/// How the server is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Health {
+    /// Well.
+    Well,
+    /// Nothing reaches it.
+    Away,
+    /// It does what it is asked, and its answers are lost.
+    Mute,
+}
+
+/// The server as one process sees it.
+pub(crate) struct SimClient {
+    store: Arc<SimStore>,
+    seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
+    ends: Mutex<Ends>,
+}
+
+impl SimStore {
+    /// An empty store that goes by `clock`.
+    pub(crate) fn new(timing: Timing, clock: impl Fn() -> Moment + Send + Sync + 'static) -> Arc<Self> {
+        let state = State { records: Records::new(timing), follower: None, server: 1, health: Health::Well };
+        Arc::new(Self { timing, clock: Box::new(clock), state: Mutex::new(state) })
+    }
+
+    /// The way to it of one process.
+    pub(crate) fn client(self: &Arc<Self>) -> Arc<SimClient> {
+        let store = Arc::clone(self);
+        Arc::new(SimClient { store, seen_by_incarnation: Mutex::default(), ends: Mutex::default() })
+    }
+
+    pub(crate) fn set_health(&self, health: Health) {
+        self.state().health = health;
+    }
+
+    /// From here on, what is written is lost at the next failover.
+    pub(crate) fn cut_off_follower(&self) {
+        let mut state = self.state();
+        state.follower = Some(state.records.clone());
+    }
+
+    /// The follower takes over.
+    pub(crate) fn fail_over(&self) {
+        let mut state = self.state();
+        if let Some(records) = state.follower.take() {
+            state.records = records;
+            state.server += 1;
+        }
+    }
+
+    /// It starts again, and knows nothing.
+    pub(crate) fn empty(&self) {
+        let mut state = self.state();
+        state.records = Records::new(self.timing);
+        state.follower = None;
+        state.server += 1;
+    }
+
+    /// What it knows, for those who look from outside.
+    pub(crate) fn look<T>(&self, look: impl FnOnce(&Records) -> T) -> T {
+        look(&self.state().records)
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+}
+
+impl SimClient {
+    /// Tells the ends that could not be told. The real client does so twice a second.
+    pub(crate) fn tell_untold(&self) {
+        let untold = self.ends().take(usize::MAX);
+        for (stream, end) in untold {
+            let _ = self.advance(stream, end);
+        }
+    }
+
+    pub(crate) fn has_untold(&self) -> bool {
+        !self.ends().is_empty()
+    }
+
+    /// Keeps an end that did not reach the server.
+    pub(crate) fn keep_untold(&self, stream: StreamId, end: StreamState) {
+        self.ends().failed(stream, end);
+    }
+
+    fn ends(&self) -> MutexGuard<'_, Ends> {
+        self.ends.lock().unwrap()
+    }
+
+    fn advance(&self, stream: StreamId, next: StreamState) -> Result<Option<StreamRecord>, StoreError> {
+        let result = self.ask(|records, now| records.advance_stream(stream, next.clone(), now));
+        if matches!(next, StreamState::Ended(_)) {
+            match result {
+                Ok(_) => self.ends().told(stream, next, (self.store.clock)().now),
+                Err(_) => self.keep_untold(stream, next),
+            }
+        }
+        result
+    }
+
+    fn ask<T>(&self, step: impl FnOnce(&mut Records, Moment) -> T) -> Result<T, StoreError> {
+        let mut state = self.store.state();
+        if state.health == Health::Away {
+            return Err(StoreError::new(StoreFailure::Unreachable, "it is away"));
+        }
+        let answer = step(&mut state.records, (self.store.clock)());
+        match state.health {
+            Health::Mute => Err(StoreError::new(StoreFailure::TimedOut, "its answer is lost")),
+            Health::Well | Health::Away => Ok(answer),
+        }
+    }
+}
+
+#[async_trait]
+impl Rendezvous for SimClient {
+    async fn create_stream(
+        &self,
+        record: StreamRecord,
+        limits: StreamLimits,
+    ) -> Result<Option<LinkRecord>, CreateError> {
+        self.ask(|records, now| records.create_stream(record, limits, now))?
+    }
+
+    async fn advance_stream(
+        &self,
+        stream: StreamId,
+        next: StreamState,
+    ) -> Result<Option<StreamRecord>, StoreError> {
+        self.advance(stream, next)
+    }
+
+    async fn stream(&self, stream: StreamId) -> Result<Option<StreamRecord>, StoreError> {
+        self.ask(|records, _| records.stream(stream))
+    }
+
+    async fn streams(&self, after: Option<StreamId>, limit: usize) -> Result<Vec<StreamRecord>, StoreError> {
+        self.ask(|records, _| records.streams(after, limit))
+    }
+
+    async fn restore_streams(&self, streams: &[StreamRecord]) -> Result<(), StoreError> {
+        self.ask(|records, now| records.restore_streams(streams, now))
+    }
+
+    async fn expire(&self) -> Result<Vec<StreamRecord>, StoreError> {
+        self.ask(Records::expire)
+    }
+
+    async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
+        let began = (self.store.clock)().now;
+        let renewal = self.ask(|records, now| records.renew(lease, now))?;
+        let server = self.store.state().server.to_string().into();
+        let look = Look { server: Some(server), lapsed: renewal.forgotten, ..Look::default() };
+        let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap();
+        let seen = seen_by_incarnation.entry(lease.owner.incarnation).or_default();
+        let now = (self.store.clock)().now;
+        let forgotten = seen.renewed(look, self.store.timing.lease, began, now);
+        self.ends().renewed(forgotten, now);
+        Ok(Renewal { forgotten })
+    }
+
+    async fn withdraw(&self, role: ServerRole, owner: &Owner) -> Result<(), StoreError> {
+        self.ask(|records, _| records.withdraw(role, owner))
+    }
+
+    async fn leases(&self, role: ServerRole) -> Result<Leases, StoreError> {
+        self.ask(|records, now| records.leases(role, now))
+    }
+
+    async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError> {
+        self.ask(|records, now| records.link_up(device, replica, now))
+    }
+
+    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
+        self.ask(|records, _| records.link_down(device, generation))
+    }
+
+    async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError> {
+        self.ask(|records, _| records.link(device))
+    }
+
+    async fn await_link(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        wait: Duration,
+    ) -> Result<Option<LinkRecord>, StoreError> {
+        self.ask(|records, now| records.await_link(device, replica, wait, now))
+    }
+
+    async fn links(
+        &self,
+        after: Option<&DeviceAddress>,
+        limit: usize,
+    ) -> Result<Vec<(DeviceAddress, LinkRecord)>, StoreError> {
+        self.ask(|records, _| records.links(after, limit))
+    }
+
+    async fn restore_links(
+        &self,
+        links: &[(DeviceAddress, LinkRecord)],
+    ) -> Result<Vec<DeviceAddress>, StoreError> {
+        self.ask(|records, _| records.restore_links(links))
+    }
+}
