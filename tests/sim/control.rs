@@ -364,6 +364,7 @@ impl Control {
         loop {
             let accepts = !self.draining.get();
             let lease = Lease {
+                passed: None,
                 role: ServerRole::Control,
                 owner: self.replica.clone(),
                 accepts,

@@ -336,7 +336,7 @@ impl Edge {
             let (half_open, joined) = self.pairing.counts();
             let (load, accepts) = (half_open + joined, !self.draining.get());
             let (role, owner) = (ServerRole::Edge, self.owner.clone());
-            let lease = Lease { role, owner, accepts, load: load as u64 };
+            let lease = Lease { role, owner, accepts, load: load as u64, passed: None };
             if let Some(Ok(renewal)) = self.ask(self.store.renew(&lease)).await {
                 let owed = self.announcements.borrow_mut().renewed(renewal, load > 0, self.world.sim.now());
                 if owed {

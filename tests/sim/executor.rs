@@ -240,7 +240,7 @@ impl Sim {
                 Some(task) => self.poll(task),
                 None => {
                     let mut timers = self.0.timers.borrow_mut();
-                    let Some(Reverse(timer)) = timers.pop_if(end) else {
+                    let Some(Reverse(timer)) = timers.pop_due(end) else {
                         self.0.now.store(end, atomic::Ordering::Relaxed);
                         return;
                     };
@@ -282,11 +282,11 @@ impl Sim {
 }
 
 trait PopIf {
-    fn pop_if(&mut self, end: u64) -> Option<Reverse<Timer>>;
+    fn pop_due(&mut self, end: u64) -> Option<Reverse<Timer>>;
 }
 
 impl PopIf for BinaryHeap<Reverse<Timer>> {
-    fn pop_if(&mut self, end: u64) -> Option<Reverse<Timer>> {
+    fn pop_due(&mut self, end: u64) -> Option<Reverse<Timer>> {
         if self.peek()?.0.at > end {
             return None;
         }

@@ -7,7 +7,6 @@ use http::{HeaderMap, HeaderValue, Method, header};
 use midspan_core::{
     admission::{Entrance, Way, admit, way},
     close::CloseReason,
-    id::Role,
     internal::{END_PASSED, END_STREAM, EndPassed, EndStream},
     path::LegPath,
     problem::{Problem, ProblemKind},

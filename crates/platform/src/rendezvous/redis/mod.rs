@@ -46,8 +46,8 @@ use self::{
     slots::{Scope, Slots},
 };
 use super::{
-    CreateError, Ends, Lease, Leases, LinkRecord, LinkUp, Look, Rendezvous, Renewal, Seen, ServerRole, StoreError,
-    StoreFailure, StoreMetrics, StreamLimits, Timing,
+    CreateError, Ends, Lease, Leases, LinkRecord, LinkUp, Look, Rendezvous, Renewal, Seen, ServerRole,
+    StoreError, StoreFailure, StoreMetrics, StreamLimits, Timing,
 };
 use crate::{clock, lifecycle::Lifecycle};
 
