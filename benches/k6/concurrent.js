@@ -21,7 +21,7 @@ export const options = Object.assign({}, common, {
 export const setup = begin;
 
 export function devices() {
-  runDevices(count, lifetime);
+  runDevices(count, lifetime, settle);
 }
 
 export async function services() {

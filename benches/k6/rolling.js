@@ -21,8 +21,8 @@ export const options = Object.assign({}, common, {
       rate,
       duration: `${Math.floor(duration)}s`,
       startTime: `${settle + streams / rate}s`,
-      preAllocatedVUs: Math.ceil(4 * rate),
-      maxVUs: Math.ceil(8 * rate),
+      preAllocatedVUs: Math.ceil(8 * rate),
+      maxVUs: Math.ceil(16 * rate),
     },
   },
   thresholds: Object.assign({}, sound, {
@@ -35,7 +35,7 @@ export const options = Object.assign({}, common, {
 export const setup = begin;
 
 export function devices() {
-  runDevices(count, lifetime);
+  runDevices(count, lifetime, settle);
 }
 
 export async function services() {

@@ -30,7 +30,7 @@ export const options = Object.assign({}, common, {
 export const setup = begin;
 
 export function devices() {
-  runDevices(count, lifetime);
+  runDevices(count, lifetime, settle);
 }
 
 let service;

@@ -26,7 +26,7 @@ export const options = Object.assign({}, common, {
 export const setup = begin;
 
 export function devices() {
-  runDevices(count, lifetime);
+  runDevices(count, lifetime, settle);
 }
 
 export async function services() {

@@ -14,12 +14,12 @@ export function deviceScenario(devices, seconds) {
   return { exec: 'devices', executor: 'per-vu-iterations', vus, iterations: 1, maxDuration: `${Math.ceil(seconds) + 30}s` };
 }
 
-// A virtual user of that scenario.
-export function runDevices(devices, seconds) {
+// A virtual user of that scenario. The links are opened in the first part of `settle` seconds.
+export function runDevices(devices, seconds, settle) {
   const { vus } = exec.test.options.scenarios.devices;
   const until = exec.scenario.startTime + seconds * 1000;
   for (let number = exec.scenario.iterationInTest; number < devices; number += vus) {
-    new Device(number, until).dial();
+    new Device(number, until).redial(0.7 * settle * Math.random());
   }
 }
 
@@ -71,12 +71,14 @@ class Device {
 
   // A link that is told to move stays until the next one stands; any other one is closed by the relay at once.
   told(link, { reason, come_back_seconds: pause }) {
-    link.told = true;
+    // A link that was to move is replaced by our own next one. Otherwise somebody else has this identity.
     if (reason === 'draining') {
       counts.moved.add(1);
-    } else if (reason !== 'replaced') {
+    } else if (!link.told) {
       counts.lost.add(1);
+      console.warn(`link of ${deviceId(this.number)}: ${reason}`);
     }
+    link.told = true;
     if (reason !== 'replaced') {
       this.redial(pause * (1 + Math.random()));
     }

@@ -12,6 +12,8 @@ const OPEN = 1;
 const DRAINING = 1012;
 // How long a stream, an echo or an end may take before it is given up.
 const PATIENCE_MS = 15000;
+// The longest time before a stream that was cut is opened anew.
+const REOPEN_MS = 2000;
 
 // A service that knows how long it will be there, so that its signature lasts as long.
 export class Service {
@@ -67,27 +69,27 @@ export class Service {
   // Sends messages through a stream until `end`, with pauses in between, and closes it; tells whether it stood until then.
   async talk(stream, end, pause, bytes) {
     const filling = 'x'.repeat(bytes);
-    let sound = true;
-    for (let number = 0; sound && !stream.end && Date.now() < end; number += 1) {
+    let failure;
+    for (let number = 0; !failure && !stream.end && Date.now() < end; number += 1) {
       try {
         echo.add(await stream.echo(`${number} ${filling}`.slice(0, bytes)));
         if (pause > 0) {
           await within(Math.min(pause * 1000, end - Date.now()), stream.ended);
         }
-      } catch (failure) {
-        sound = false;
+      } catch (caught) {
+        failure = caught;
         if (stream.socket.readyState !== OPEN) {
           // Its end is about to be told.
           await within(PATIENCE_MS, stream.ended);
         }
       }
     }
-    sound = sound && !stream.end;
-    if (!sound) {
-      this.account(stream);
+    const stood = !failure && !stream.end;
+    if (!stood) {
+      this.account(stream, failure);
     }
     await stream.close();
-    return sound;
+    return stood;
   }
 
   // Keeps one stream after the other until `until`, each for `life` seconds at most.
@@ -99,12 +101,16 @@ export class Service {
       }
       const stood = await this.talk(stream, Math.min(until, Date.now() + life() * 1000), pause, bytes());
       counts.held.add(stood && Date.now() >= until ? 1 : 0);
+      if (!stood) {
+        // Not all at once, when many were cut in the same moment.
+        await sleep(REOPEN_MS * Math.random());
+      }
     }
   }
 
   // A stream that ended by itself: the relay may have gone away, but only after its grace.
-  account(stream) {
-    const { at, code, text } = stream.end || { at: Date.now(), text: 'it still stands, but nothing comes back' };
+  account(stream, failure) {
+    const { at, code, text } = stream.end || { at: Date.now(), text: failure.message };
     const age = (at - stream.asked) / 1000;
     if (code === DRAINING && age >= this.grace) {
       counts.drained.add(1);

@@ -215,7 +215,7 @@ fn write(kind: Kind, folder: &TempDir, fleet: &Fleet, listen: SocketAddr, quiet:
         text.replace("worker_rlimit_nofile 65536;", "");
         text.replace("worker_connections 32768", "worker_connections 4096");
     } else {
-        text.replace("maxconn 40000", "maxconn 2000");
+        text.replace("maxconn 40000", "maxconn 8000");
     }
     fs::File::create(file("configuration")).unwrap().write_all(text.0.as_bytes()).unwrap();
 }
