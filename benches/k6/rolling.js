@@ -26,7 +26,6 @@ export const options = Object.assign({}, common, {
     },
   },
   thresholds: Object.assign({}, sound, {
-    dropped_iterations: ['count==0'],
     midspan_held_streams: [`count==${streams}`],
     midspan_streams: [`count>=${Math.floor(0.99 * rate * duration)}`],
   }),

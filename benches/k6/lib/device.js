@@ -27,6 +27,7 @@ class Device {
   constructor(number, until) {
     this.number = number;
     this.until = until;
+    this.dialed = 0;
     this.failures = 0;
     this.asked = new Set();
     this.timer = undefined;
@@ -43,6 +44,8 @@ class Device {
     // The credential outlives the test, so no link has to be renewed.
     const headers = { Authorization: signAsDevice(this.number, left / 1000 + 60) };
     const link = new WebSocket(url, 'midspan.link.v1', { headers, tags: { name: 'link' } });
+    this.dialed += 1;
+    link.number = this.dialed;
     link.onmessage = (event) => this.hear(link, JSON.parse(event.data));
     link.onerror = (event) => {
       link.failure = event.error;
@@ -71,14 +74,17 @@ class Device {
 
   // A link that is told to move stays until the next one stands; any other one is closed by the relay at once.
   told(link, { reason, come_back_seconds: pause }) {
-    // A link that was to move is replaced by our own next one. Otherwise somebody else has this identity.
+    if (link.told) {
+      return;
+    }
+    link.told = true;
     if (reason === 'draining') {
       counts.moved.add(1);
-    } else if (!link.told) {
+    } else if (reason !== 'replaced' || link.number === this.dialed) {
+      // Replaced without a newer link of our own: somebody else has this identity.
       counts.lost.add(1);
       console.warn(`link of ${deviceId(this.number)}: ${reason}`);
     }
-    link.told = true;
     if (reason !== 'replaced') {
       this.redial(pause * (1 + Math.random()));
     }

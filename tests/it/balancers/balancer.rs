@@ -34,7 +34,7 @@ pub(super) struct Balancer {
 }
 
 /// How long a connection may be quiet, as the document has it.
-const QUIET: &str = "20m";
+pub(super) const DOCUMENTED: &str = "20m";
 
 /// Starts a program, says its process id, and ends it with the end of standard input, which comes with the end of this process at the latest.
 const GUARD: &str = r#"log=$1; shift; "$@" >"$log" 2>&1 </dev/null & echo $!; read -r order; exec 2>/dev/null; kill -TERM $!; wait $!"#;
@@ -171,7 +171,7 @@ fn write(kind: Kind, folder: &TempDir, fleet: &Fleet, listen: SocketAddr, quiet:
     let ca = fleet.ca_file().to_str().unwrap().to_owned();
 
     let mut text = Text(documented(kind.section()));
-    text.replace(QUIET, quiet);
+    text.replace(DOCUMENTED, quiet);
     text.replace("relay.example", "localhost");
     for (index, member) in fleet.controls.iter().chain(&fleet.edges).enumerate() {
         let (role, number) = if index < 2 { ("control", index) } else { ("edge", index - 2) };

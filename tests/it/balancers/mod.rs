@@ -15,11 +15,11 @@ use testkit::{
 use tokio::{net::TcpSocket, time::timeout};
 use tokio_rustls::TlsConnector;
 
-use self::balancer::{Balancer, Kind};
+use self::balancer::{Balancer, DOCUMENTED, Kind};
 
 /// The balancer's time-out for quiet connections, in place of the one in the document, and how long connections are to outlive it.
-const QUIET: &str = "2s";
-const OUTLIVE: Duration = Duration::from_secs(7);
+const QUIET: &str = "4s";
+const OUTLIVE: Duration = Duration::from_secs(9);
 
 /// A client of its own address, to be told from the balancer.
 const CLIENT: &str = "127.0.0.2:0";
@@ -120,7 +120,7 @@ async fn the_address_of_a_client_reaches_the_log_through_nginx_below_tls() {
 
 /// A client that says it is somebody else is not believed.
 async fn logs_the_client(kind: Kind, all: &[&str]) {
-    let Some(site) = Site::start(kind, QUIET, Flags { all, ..Flags::default() }).await else { return };
+    let Some(site) = Site::start(kind, DOCUMENTED, Flags { all, ..Flags::default() }).await else { return };
     let refused = site.request_from(CLIENT.parse().unwrap(), "/v1/devices/nobody").await;
     refused.problem(401, "unauthorized");
     eventually("the client's address in a log", || async {

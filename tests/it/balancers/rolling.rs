@@ -5,7 +5,10 @@ use std::{fs, time::Duration};
 use testkit::{Flags, Process};
 use tokio::time::{sleep, timeout};
 
-use super::{Site, balancer::Kind};
+use super::{
+    Site,
+    balancer::{DOCUMENTED, Kind},
+};
 use crate::{load, tools};
 
 const STREAMS: usize = 40;
@@ -30,7 +33,7 @@ async fn rolls(kind: Kind) {
         return;
     }
     let drain = Flags { all: &["--drain-delay", "4s", "--drain-grace", "4s"], ..Flags::default() };
-    let Some(mut site) = Site::start(kind, "20m", drain).await else { return };
+    let Some(mut site) = Site::start(kind, DOCUMENTED, drain).await else { return };
     let folder = tempfile::tempdir().unwrap();
     let file = |name: &str| folder.path().join(name).to_str().unwrap().to_owned();
     let service = site.fleet.service_connection().to_text();
