@@ -10,8 +10,8 @@ import { deviceId, signAsService } from './sas.js';
 const CONNECTING = 0;
 const OPEN = 1;
 const DRAINING = 1012;
-// How long a stream, an echo or an end may take before it is given up.
-const PATIENCE_MS = 15000;
+// How long an echo or an end may take before it is given up: as long as the relay waits for both legs.
+const PATIENCE_MS = 60000;
 // The longest time before a stream that was cut is opened anew.
 const REOPEN_MS = 2000;
 
@@ -232,12 +232,12 @@ function how(failure) {
   return { at: Date.now(), code: Number(code) || undefined, text: text || failure || 'closed' };
 }
 
-// 503 may be tried again, and so may what no answer came to.
+// 503 may be tried again, and so may what no answer came to, or what a balancer did not take.
 function refusal(answer) {
   const problem = (answer.body && /json/.test(answer.headers['Content-Type']) && answer.json()) || {};
   const failure = new Error(`no stream: ${answer.status} ${problem.detail || answer.error}`);
   return Object.assign(failure, {
-    mayRetry: [0, 410, 502, 503].includes(answer.status),
+    mayRetry: [0, 408, 410, 502, 503].includes(answer.status),
     pause: problem.retry_after_seconds,
   });
 }
