@@ -425,7 +425,6 @@ pub(crate) fn proxy(bytes: &[u8]) {
                 assert!(count > 0, "nothing is missing");
                 assert!(have + count <= proxy::HEADER_MAX, "a header without end");
                 if have + count > bytes.len() {
-                    assert_eq!(proxy::parse(bytes).is_err(), false, "refused although more was to come");
                     return;
                 }
                 have += count;
