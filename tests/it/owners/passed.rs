@@ -12,8 +12,8 @@ use midspan_core::{
     time::UnixTime,
 };
 use secrecy::ExposeSecret as _;
-use testkit::{Fleet, Handshake, Leg, Target, now, within};
-use tokio::io::AsyncReadExt as _;
+use testkit::{Fleet, Handshake, Leg, Target, eventually, now, within};
+use tokio::{io::AsyncReadExt as _, net::TcpStream};
 
 use super::{
     HEADER_FAILURES, PASSED, PASSED_TOTAL, beside, carries, forwarded, knows_others, legs, tcp_from, tls_over,
@@ -154,6 +154,50 @@ async fn a_connection_that_was_passed_on_is_not_passed_again() {
     assert_eq!(fleet.edges[0].metrics().await.count(PASSED_TOTAL, &[]), passed_before);
     assert_eq!(fleet.edges[0].metrics().await.count(PASSED, &[]), 0);
     assert!(fleet.edges[1].log().contains(&INVENTED.to_string()));
+}
+
+#[tokio::test]
+async fn an_edge_that_does_not_take_connections_is_given_two_seconds_and_then_the_hop_is_taken() {
+    // A port whose queue is full: who connects there hears nothing.
+    let socket = tokio::net::TcpSocket::new_v4().unwrap();
+    socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
+    let deaf = socket.listen(1).unwrap();
+    let address = deaf.local_addr().unwrap();
+    let mut queued = Vec::new();
+    let full = async {
+        let short = std::time::Duration::from_millis(300);
+        while let Ok(connected) = tokio::time::timeout(short, TcpStream::connect(address)).await {
+            queued.push(connected.unwrap());
+        }
+    };
+    within("a full queue", full).await;
+    let fleet = Fleet::with_names(2, &["--passed-address", &address.to_string()]).await;
+    let handshake = handshake_of(&fleet, 0).await;
+    let unreachable = [("result", "unreachable")];
+    eventually("the deaf port is tried", || async {
+        drop(fleet.edges[1].target_for(&handshake.grant.url).connect().await);
+        fleet.edges[1].metrics().await.count(PASSED_TOTAL, &unreachable) > 0
+    })
+    .await;
+    let (mut service, mut device) = legs(&fleet, &handshake, [1, 0]).await;
+    carries(&mut service, &mut device).await;
+    assert_eq!(forwarded(&fleet, 1), 1);
+}
+
+#[tokio::test]
+async fn passed_connections_share_the_places_of_the_others_at_both_ends() {
+    let fleet = Fleet::with_names(2, &["--max-connections", "4"]).await;
+    knows_others(&fleet, 1).await;
+    let handshake = handshake_of(&fleet, 0).await;
+    let (mut service, mut device) = legs(&fleet, &handshake, [1, 1]).await;
+    let full = [("limit", "connections")];
+    for edge in &fleet.edges {
+        let _others = [edge.target.connect().await, edge.target.connect().await];
+        let refused = edge.target.try_connect().await;
+        assert!(refused.is_err(), "{}: a fifth connection was taken", edge.name);
+        edge.counts("midspan_listener_refused_connections_total", &full, 1).await;
+    }
+    carries(&mut service, &mut device).await;
 }
 
 #[tokio::test]

@@ -91,6 +91,7 @@ pub(crate) async fn run(arguments: EdgeArguments) -> anyhow::Result<()> {
         });
         process.serve_internal(&server_settings, port, answers);
     }
+    anyhow::ensure!(tls.is_some() || !passes_on, "--owner-domain is of no use without TLS");
     if let Some(passed) = passed {
         let passed = passed.for_passed(process.secrets.tickets.clone(), &server_settings.proxies);
         let tls = tls.clone().context("--passed-listen is of no use without TLS")?;
