@@ -29,9 +29,12 @@ impl Trust {
         Self { patience, proof, standing: Standing::Starting, failing: Some(now), listed: None }
     }
 
-    pub(super) fn failed(&mut self, now: Instant) {
+    /// Something went wrong. Says whether all had been well before.
+    pub(super) fn failed(&mut self, now: Instant) -> bool {
+        let first = self.failing.is_none();
         self.listed = None;
         self.failing.get_or_insert(now);
+        first
     }
 
     /// A whole list has come.
@@ -133,8 +136,9 @@ mod tests {
             let mut trust = Trust::new(Duration::from_secs(15), Duration::from_secs(2), start);
             for &(what, second, expected) in *steps {
                 let now = start + Duration::from_secs(second);
+                let failing = trust.failing.is_some();
                 match what {
-                    "failed" => trust.failed(now),
+                    "failed" => assert_eq!(trust.failed(now), !failing, "{case}, second {second}"),
                     "listed" => trust.listed(now),
                     _ => {}
                 }

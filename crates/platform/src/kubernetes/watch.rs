@@ -5,7 +5,10 @@ use http_body_util::LengthLimitError;
 use k8s_openapi::api::discovery::v1::EndpointSlice;
 use kube::{
     Api,
-    runtime::watcher::{self, DefaultBackoff, Event, watcher},
+    runtime::{
+        utils::Backoff as _,
+        watcher::{self, DefaultBackoff, Event, watcher},
+    },
 };
 use tokio::{
     sync::watch::Sender,
@@ -55,8 +58,8 @@ pub(super) enum Failure {
 /// The longest text of a server that is logged.
 const TEXT_MAX: usize = 300;
 
-/// The longest wait between two tries, where kube's own table ends.
-const LONGEST_WAIT: Duration = Duration::from_secs(30);
+/// Twice the least wait between two tries.
+const LEAST_WAIT: Duration = Duration::from_millis(800);
 
 impl Watch {
     pub(super) fn new(
@@ -84,8 +87,11 @@ impl Watch {
             self.metrics.failures.with_label_values(&[failure.label()]).inc();
             debug!(failure = failure.label(), error, "EndpointSlices: begun anew");
             self.error = error;
-            self.trust.failed(clock::now());
-            let again = Instant::now() + backoff.next().unwrap_or(LONGEST_WAIT);
+            if self.trust.failed(clock::now()) {
+                backoff.reset();
+            }
+            // From 0.4 s to 30 s, of which half is random.
+            let again = Instant::now() + backoff.next().unwrap_or_default().max(LEAST_WAIT) / 2;
             while let Some(turn) = self.next_turn().filter(|turn| *turn < again) {
                 sleep_until(turn).await;
                 self.turn();
