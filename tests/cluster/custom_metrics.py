@@ -10,7 +10,7 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs, urlencode, urlparse
+from urllib.parse import parse_qs, unquote, urlencode, urlparse
 
 GROUP_VERSION = "custom.metrics.k8s.io/v1beta2"
 # Where the chart's pods tell their metrics.
@@ -27,7 +27,7 @@ class Api(BaseHTTPRequestHandler):
 
     def do_GET(self):
         url = urlparse(self.path)
-        parts = url.path.strip("/").split("/")
+        parts = [unquote(part) for part in url.path.strip("/").split("/")]
         try:
             if url.path.rstrip("/") == f"/apis/{GROUP_VERSION}":
                 self.answer(200, resources())
@@ -35,10 +35,10 @@ class Api(BaseHTTPRequestHandler):
                 selector = parse_qs(url.query).get("labelSelector", [""])[0]
                 self.answer(200, self.server.values(parts[4], selector, parts[7]))
             else:
-                self.answer(404, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 404})
+                self.answer(404, failure(404, f"no such thing: {self.path}"))
         except (OSError, ValueError) as error:
             print(f"{self.path}: {error}", flush=True)
-            self.answer(503, {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": 503, "message": str(error)})
+            self.answer(503, failure(503, str(error)))
 
     def answer(self, status, document):
         body = json.dumps(document).encode()
@@ -88,6 +88,10 @@ class Server(ThreadingHTTPServer):
                 "describedObject": described, "metric": {"name": metric}, "timestamp": now, "value": str(int(value)),
             })  # fmt: skip
         return {"kind": "MetricValueList", "apiVersion": GROUP_VERSION, "metadata": {}, "items": items}
+
+
+def failure(code, message):
+    return {"kind": "Status", "apiVersion": "v1", "status": "Failure", "code": code, "message": message}
 
 
 def total(address, metric):

@@ -1,4 +1,4 @@
-"""Under load the number of edges is changed, both roles are updated, a node is drained, the API server is away: nobody notices."""
+"""Under load edges come and go, both roles are updated, a node is drained, the API server is away: nobody notices."""
 
 import signal
 import time
