@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-cluster cluster-up cluster-down test-long gates bench fuzz docs
+.PHONY: help demo check test test-cluster cluster-up cluster-down chart load test-long gates bench fuzz docs
 
 help:
 	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
@@ -8,6 +8,8 @@ help:
 	@echo 'make test               every test; installs what it lacks, and says what'
 	@echo 'make test-cluster       the chart in a real Kubernetes cluster on this machine, without Docker; as root'
 	@echo '                        make cluster-up leaves such a cluster for you, make cluster-down takes it away'
+	@echo 'make chart              every switch of the Helm chart, rendered and checked'
+	@echo 'make load               k6 against a relay on this machine; ARGS=... is for scripts/load'
 	@echo 'make test-long          the soak of ten minutes, 9,000 idle streams, 1,000 stalled readers, a fleet'
 	@echo 'make gates              instructions, system calls and memory of the data path, against their bounds'
 	@echo 'make bench              the data path beside other relays, in about 15 minutes; ARGS=--quick is rough'
@@ -34,6 +36,12 @@ cluster-up:
 
 cluster-down:
 	@scripts/test-cluster down
+
+chart:
+	@scripts/chart
+
+load:
+	@scripts/load $(ARGS)
 
 test-long:
 	@scripts/test-long

@@ -20,23 +20,29 @@ REDIS_PROGRAM = "valkey-server"
 
 
 def make(folder: Path):
-    """Builds all images into the folder and gives the tars; the relay is a release build, or what is in the folder PROGRAMS."""
+    """Builds all images into the folder and gives the tars."""
     folder.mkdir(parents=True, exist_ok=True)
     pause = folder / "pause"
     shutil.copy(shutil.which("catatonit"), pause)
     redis = folder / REDIS_PROGRAM
     shutil.copy(shutil.which("redis-server"), redis)
-    release = Path(os.environ.get("PROGRAMS") or REPOSITORY / "target/release")
-    programs = ["--program", release / "midspand", "--program", release / "midspan"]
     wanted = {
-        "midspan": (MIDSPAN, programs),
-        "next": (f"{MIDSPAN_REPOSITORY}:{NEXT_TAG}", programs),
+        "midspan": (MIDSPAN, relay()),
+        "next": (f"{MIDSPAN_REPOSITORY}:{NEXT_TAG}", relay()),
         "redis": (REDIS, ["--program", redis]),
         # catatonit waits, as a pause container does, with -P.
         "pause": (PAUSE_IMAGE, ["--program", pause, "--entrypoint=pause", "--entrypoint=-P"]),
     }
-    tars = []
-    for name, (image, options) in wanted.items():
-        tars.append(folder / f"{name}.tar")
-        run(BUILDER, "--name", image, "--tar", tars[-1], *options)
-    return tars
+    return [build(image, folder / f"{name}.tar", options) for name, (image, options) in wanted.items()]
+
+
+def build(image, tar, options):
+    """Builds one image; gives its tar."""
+    run(BUILDER, "--name", image, "--tar", tar, *options)
+    return tar
+
+
+def relay():
+    """Options for the relay's programs: a release build, or what is in the folder that PROGRAMS names."""
+    release = Path(os.environ.get("PROGRAMS") or REPOSITORY / "target/release")
+    return ["--program", release / "midspand", "--program", release / "midspan"]

@@ -1,8 +1,9 @@
 """What is tried on a cluster: one file for each scenario, in the order of `ALL`."""
 
-from scenarios import access, autoscale, changes, install, kill, upgrade
+from scenarios import access, autoscale, changes, image, install, kill, upgrade
 
 ALL = {
+    "image": image.scenario,
     "install": install.scenario,
     "access": access.scenario,
     "upgrade": upgrade.scenario,
