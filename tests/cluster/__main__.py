@@ -25,6 +25,8 @@ from report import FAILED, PASSED, Report, Steps
 from tools import REPOSITORY, Tools
 
 KEPT = REPOSITORY / "target/cluster"
+# No run needs longer, also on a busy machine, once the programs are there; in seconds.
+LONGEST_RUN = 30 * 60
 
 
 def main(words):
@@ -59,6 +61,8 @@ def up(tools, names):
 
 
 def test(tools, names):
+    signal.signal(signal.SIGALRM, too_long)
+    signal.alarm(LONGEST_RUN)
     take_down_abandoned(tools)
     shutil.rmtree(KEPT / "failed", ignore_errors=True)
     report = Report(KEPT / "report.md")
@@ -79,10 +83,15 @@ def test(tools, names):
         if cluster.kubeconfig.exists():
             diagnosis.tell(cluster, KEPT / "failed/cluster")
     finally:
+        signal.alarm(0)
         take_down(cluster, report)
     print(report.table())
     print(report.summary())
     return 1 if report.count(FAILED) or not report.count(PASSED) else 0
+
+
+def too_long(*_):
+    raise TimeoutError(f"not done after {LONGEST_RUN} s")
 
 
 def play(cluster, report, name, scenario):

@@ -110,7 +110,7 @@ class Cluster:
         found = [f"process {pid}" for pid in self._strays()]
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         found += [line.split()[4] for line in mounts if f"{self.folder}/" in line]
-        found += [str(path) for one in self.nodes for path in one._cgroup_folders()]
+        found += [str(path) for one in self.nodes for path in one.cgroup_folders()]
         paths = (self.folder, Path(f"/run/netns/{self.network}"))
         return found + [str(path) for path in paths if path.exists()]
 

@@ -57,13 +57,16 @@ class Load:
         return self
 
     def __exit__(self, *_):
-        if self.process.poll() is None:
+        if self.runs():
             self.process.send_signal(signal.SIGKILL)
             self.process.wait(timeout=10)
 
+    def runs(self):
+        return self.process.poll() is None
+
     def must_run(self):
         """What was done under load must be done before the load has ended."""
-        if self.process.poll() is not None:
+        if not self.runs():
             raise Failed(f"the load has ended too early, with {self.process.returncode}: {self.said()}")
 
     def wait_for_streams(self, count=STREAMS):

@@ -69,12 +69,12 @@ class Node:
 
     def remove_cgroups(self):
         """Removes the control groups of this node, which are empty once its containers have ended."""
-        for top in self._cgroup_folders():
+        for top in self.cgroup_folders():
             folders = sorted((path for path in top.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
             for folder in [*folders, top]:
                 until(f"{folder} is empty", lambda folder=folder: _remove_folder(folder), timeout=20)
 
-    def _cgroup_folders(self):
+    def cgroup_folders(self):
         found = [CGROUPS / self.cgroup, *CGROUPS.glob(f"*/{self.cgroup}")]
         return [path for path in found if path.is_dir()]
 
