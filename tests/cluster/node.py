@@ -8,6 +8,7 @@ import network
 from commands import Failed, run, until
 
 CGROUPS = Path("/sys/fs/cgroup")
+POD_SHARES = 16 * 1024
 PAUSE_IMAGE = "docker.io/library/pause:test"
 
 
@@ -91,6 +92,9 @@ class Node:
             for setting in ("cpuset.cpus", "cpuset.mems"):
                 if (controller / setting).exists():
                     (folder / setting).write_text((controller / setting).read_text())
+            # A group weighs as much as one process outside of it, unless told; all pods of a node are below this one.
+            if (folder / "cpu.shares").exists():
+                (folder / "cpu.shares").write_text(str(POD_SHARES))
 
     def _kubelet_config(self, authority):
         return {

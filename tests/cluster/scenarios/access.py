@@ -1,6 +1,7 @@
 """The relay's accounts may do what they must and nothing else; a real API server takes every manifest that the chart can make."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import tools
 from commands import Failed, run
@@ -65,17 +66,22 @@ def dry_run(cluster):
     cluster.kubectl("wait", "--for=condition=Established", "crd", "--all", "--timeout=60s", timeout=90)
     namespace = "dry-run"
     cluster.apply({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}})
+    files = [*sorted((CHART / "ci").glob("*.yaml")), CHART / "values-ha.yaml"]
+    with ThreadPoolExecutor(4) as pool:
+        objects = sum(pool.map(lambda values: judged(cluster, namespace, values), files))
+    return f"{len(files)} files of values, {objects} objects"
+
+
+def judged(cluster, namespace, values):
+    """How many objects the API server would take of the chart with these values."""
     # What a chart needs that is rendered only, below what each file is about.
     ground = CHART / "ci/rendered-only.yaml"
-    objects, files = 0, [*sorted((CHART / "ci").glob("*.yaml")), CHART / "values-ha.yaml"]
-    for values in files:
-        rendered = run(
-            cluster.tools.program("helm4"), "template", NAME, CHART, "--namespace", namespace,
-            "--values", ground, "--values", values, "--kube-version", tools.KUBERNETES,
-        )  # fmt: skip
-        taken = cluster.kubectl(
-            "apply", "--server-side", "--dry-run=server", "--namespace", namespace, "--filename", "-", "--output=json",
-            stdin=rendered, timeout=120,
-        )  # fmt: skip
-        objects += len(json.loads(taken)["items"])
-    return f"{len(files)} files of values, {objects} objects"
+    rendered = run(
+        cluster.tools.program("helm4"), "template", NAME, CHART, "--namespace", namespace,
+        "--values", ground, "--values", values, "--kube-version", tools.KUBERNETES,
+    )  # fmt: skip
+    taken = cluster.kubectl(
+        "apply", "--server-side", "--dry-run=server", "--namespace", namespace, "--filename", "-", "--output=json",
+        stdin=rendered, timeout=120,
+    )  # fmt: skip
+    return len(json.loads(taken)["items"])
