@@ -12,6 +12,7 @@ from release import NAME
 from tools import REPOSITORY
 
 SCRIPTS = REPOSITORY / "benches/k6"
+KEPT = REPOSITORY / "target/cluster/load"
 # What the scenarios are about: so many streams held, and so many set-ups a second beside them.
 STREAMS, RATE = 500, 50
 
@@ -45,7 +46,8 @@ class Load:
             "LOAD_HOSTS": ",".join(f"{host}={address}" for host, address in hosts.items()),
             **{key: str(value) for key, value in self.settings.items()},
         }
-        self.summary, self.log = self.folder / f"{self.name}.json", self.folder / f"{self.name}.log"
+        self.summary, self.log = KEPT / f"{self.name}.json", KEPT / f"{self.name}.log"
+        KEPT.mkdir(parents=True, exist_ok=True)
         words = [
             *network.within(cluster.network), cluster.tools.program("k6"), "run", "--quiet", "--no-usage-report",
             "--summary-export", self.summary, SCRIPTS / self.script,
@@ -88,7 +90,10 @@ class Load:
         return json.loads(self.summary.read_text())["metrics"]
 
     def said(self):
-        return self.log.read_text(errors="replace")[-3000:]
+        """The first complaints of k6, and the thresholds that were crossed."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        complaints = [line for line in lines if line.startswith("time=")]
+        return "\n".join([*complaints[:20], *(line for line in lines if "\u2717" in line), f"at length: {self.log}"])
 
 
 def count(figures, name):
