@@ -57,6 +57,13 @@ impl Device {
         device
     }
 
+    /// Switches it off.
+    pub(crate) fn stop(&self) {
+        self.world.sim.say(|| format!("dev{} is switched off", self.number));
+        self.world.sim.end(self.life);
+        self.standing.set(None);
+    }
+
     async fn keep_linked(self: Rc<Self>) {
         let sim = &self.world.sim;
         loop {
@@ -70,7 +77,9 @@ impl Device {
                     if stay_away == Some(GoodbyeReason::Draining) {
                         // The old link lives on until the relay closes it.
                         let device = Rc::clone(&self);
-                        sim.spawn(self.life, async move { drop(device.serve(&end, link).await) });
+                        sim.spawn(self.life, async move {
+                            _ = device.serve(&end, link).await;
+                        });
                         continue;
                     }
                     stay_away
@@ -79,7 +88,7 @@ impl Device {
             };
             if stay_away == Some(GoodbyeReason::Replaced) {
                 sim.say(|| format!("dev{} was told that its newest link is replaced", self.number));
-                self.world.truth.outrun.set(self.world.truth.outrun.get() + 1);
+                self.world.truth.counts.borrow_mut().outrun += 1;
             }
             sim.sleep(sim.time(Duration::from_millis(200), Duration::from_millis(1500))).await;
         }
@@ -178,10 +187,16 @@ impl Dial {
         for _ in 0..4 {
             match self.open(world, ticket).await {
                 Ok(end) => {
-                    let stays = sim.time(Duration::ZERO, Duration::from_secs(40));
+                    // Some streams last to the end of the run.
+                    let lasts = self.stream.as_u128() % 3 == 0;
+                    let stays = if lasts {
+                        Duration::from_secs(600)
+                    } else {
+                        sim.time(Duration::ZERO, Duration::from_secs(20))
+                    };
                     match sim.timeout(stays, end.receive()).await {
                         None if sim.chance(70) => {
-                            end.send(LegMessage::Close(None));
+                            end.send(LegMessage::Close);
                             let _ = sim.timeout(Duration::from_secs(5), end.receive()).await;
                             return;
                         }
@@ -225,10 +240,7 @@ impl Dial {
                 drop(answer.0.send(opened));
             });
             answer.1.await.unwrap_or_else(|_| Err(broken()))?;
-            match world.trip(host, self.host).await {
-                true => Ok(here),
-                false => Err(broken()),
-            }
+            if world.trip(host, self.host).await { Ok(here) } else { Err(broken()) }
         };
         let opened = world.sim.timeout(Duration::from_secs(8), opened).await;
         opened.unwrap_or_else(|| Err(broken()))
@@ -278,10 +290,10 @@ pub(crate) async fn ask(
         drop(tell.send(control.open_stream(number, device, connect_seconds, patience).await));
     });
     let answer = told.await.ok().flatten()?;
-    let truth = &world.truth;
+    let mut counts = world.truth.counts.borrow_mut();
     match &answer {
-        Ok(_) => truth.granted.set(truth.granted.get() + 1),
-        Err(_) => truth.refused.set(truth.refused.get() + 1),
+        Ok(_) => counts.granted += 1,
+        Err(_) => counts.refused += 1,
     }
     Some(answer)
 }

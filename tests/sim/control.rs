@@ -2,7 +2,6 @@
 
 use std::{
     cell::{Cell, RefCell},
-    collections::BTreeMap,
     future::{Future, pending},
     rc::Rc,
     sync::Arc,
@@ -30,7 +29,7 @@ use midspan_core::{
 use midspan_platform::{
     internal::CallError,
     rendezvous::{
-        CreateError, Lease, LinkRecord, LinkUp, Rendezvous as _, ServerRole, StoreError, StreamLimits,
+        CreateError, Ends, Lease, LinkRecord, LinkUp, Rendezvous as _, ServerRole, StoreError, StreamLimits,
     },
 };
 use secrecy::SecretString;
@@ -82,7 +81,7 @@ pub(crate) struct Control {
     store: Arc<SimClient>,
     renewed: Cell<bool>,
     forgotten: Cell<bool>,
-    ended_links: RefCell<BTreeMap<DeviceAddress, u64>>,
+    ended_links: RefCell<Ends<(DeviceAddress, u64)>>,
     draining: Cell<bool>,
 }
 
@@ -114,7 +113,7 @@ impl Control {
             links: Links::default(),
             view: RefCell::new(Arc::new(View::empty(world.sim.now()))),
             store: world.store.client(),
-            renewed: Cell::new(true),
+            renewed: Cell::new(false),
             forgotten: Cell::new(false),
             ended_links: RefCell::default(),
             draining: Cell::new(false),
@@ -287,9 +286,10 @@ impl Control {
         let since = self.unix();
         let held = Held { generation: since.0 * 1000, since };
         let registration = self.links.register(address, held);
-        let up = match self.renewed.get() {
-            true => self.ask(self.store.link_up(address, &self.replica)).await.ok(),
-            false => None,
+        let up = if self.renewed.get() {
+            self.ask(self.store.link_up(address, &self.replica)).await.ok()
+        } else {
+            None
         };
         registration.set_generation(up.as_ref().map(|up| up.generation));
         let generation = up.as_ref().map_or(held.generation, |up| up.generation);
@@ -348,8 +348,11 @@ impl Control {
 
     async fn link_down(&self, address: DeviceAddress, generation: u64) {
         let told = self.renewed.get() && self.ask(self.store.link_down(&address, generation)).await.is_ok();
-        if !told {
-            self.ended_links.borrow_mut().insert(address, generation);
+        let (mut ended, end) = (self.ended_links.borrow_mut(), (address, generation));
+        if told {
+            ended.told(end, self.world.sim.now());
+        } else {
+            ended.failed(end);
         }
     }
 
@@ -376,6 +379,7 @@ impl Control {
                 if renewal.forgotten {
                     self.forgotten.set(true);
                 }
+                self.ended_links.borrow_mut().renewed(renewal.forgotten, self.world.sim.now());
                 let _ = self.look().await;
             }
             let renewal = self.world.sim.now() + self.world.timing.renewal;
@@ -413,7 +417,8 @@ impl Control {
                     }
                 }
             }
-            for (address, generation) in self.ended_links.take() {
+            let ended = self.ended_links.borrow_mut().take(usize::MAX);
+            for (address, generation) in ended {
                 self.link_down(address, generation).await;
             }
         }
@@ -611,25 +616,22 @@ impl Attempt {
     }
 
     /// Ends a stream that did not come about.
-    fn end(mut self, reason: CloseReason) -> impl Future<Output = ()> + use<> {
-        async move {
-            let Some(owner) = self.owner.take() else { return };
-            let (control, stream) = (&self.control, self.stream);
-            control.world.sim.say(|| format!("{} gives {stream} up: {reason}", control.replica.name));
-            if self.asked {
-                let end =
-                    control.world.call(control.host, ServerRole::Edge, &owner, END_LIMIT, move |process| {
-                        Box::pin(async move {
-                            if let Process::Edge(edge) = process {
-                                edge.end_stream(stream, reason).await;
-                            }
-                        })
-                    });
-                let _ = end.await;
-            }
-            let end = StreamState::Ended(StreamEnd::unused(reason, control.unix()));
-            control.announce(stream, end).await;
+    async fn end(mut self, reason: CloseReason) {
+        let Some(owner) = self.owner.take() else { return };
+        let (control, stream) = (&self.control, self.stream);
+        control.world.sim.say(|| format!("{} gives {stream} up: {reason}", control.replica.name));
+        if self.asked {
+            let end = control.world.call(control.host, ServerRole::Edge, &owner, END_LIMIT, move |process| {
+                Box::pin(async move {
+                    if let Process::Edge(edge) = process {
+                        edge.end_stream(stream, reason).await;
+                    }
+                })
+            });
+            let _ = end.await;
         }
+        let end = StreamState::Ended(StreamEnd::unused(reason, control.unix()));
+        control.announce(stream, end).await;
     }
 }
 

@@ -51,7 +51,7 @@ const MAX_STREAMS: usize = 1000;
 #[derive(Debug)]
 pub(crate) enum LegMessage {
     /// The stream ends, in good order.
-    Close(Option<CloseReason>),
+    Close,
 }
 
 /// A leg at its owner.
@@ -59,7 +59,8 @@ pub(crate) struct Leg {
     pub(crate) who: Who,
     pub(crate) role: Role,
     pub(crate) end: End<LegMessage>,
-    in_use: InUse,
+    /// Until the leg goes.
+    _in_use: InUse,
 }
 
 pub(crate) struct Edge {
@@ -143,7 +144,9 @@ impl Edge {
                 let here = Owner { incarnation: ticket.owner.incarnation, ..self.owner.clone() };
                 way(&ticket.owner, &here, entrance)
             }
-            _ => way(&ticket.owner, &self.owner, entrance),
+            Sabotage::None | Sabotage::Deadline | Sabotage::Restore => {
+                way(&ticket.owner, &self.owner, entrance)
+            }
         }
     }
 
@@ -151,7 +154,7 @@ impl Edge {
         let (now, unix) = (self.world.sim.now(), self.unix());
         let place = self.pairing.take(ticket, now, unix, MAX_STREAMS)?;
         let in_use = self.world.taken(&self.owner, ticket.stream, ticket.role);
-        let leg = Leg { who, role: ticket.role, end, in_use };
+        let leg = Leg { who, role: ticket.role, end, _in_use: in_use };
         let edge = Rc::clone(self);
         // Its WebSocket opens once the answer has been written.
         let opens = delay(&self.world.sim);
@@ -187,12 +190,9 @@ impl Edge {
                 Ok(there) => there.open(who, path, text, Entrance::Internal, end).await,
                 Err(problem) => Err(problem),
             };
-            match world.trip(host, self.host).await {
-                true => opened,
-                false => Err(unreachable()),
-            }
+            if world.trip(host, self.host).await { opened } else { Err(unreachable()) }
         };
-        world.truth.forwarded.set(world.truth.forwarded.get() + 1);
+        world.truth.counts.borrow_mut().forwarded += 1;
         world.sim.timeout(Duration::from_secs(5), opened).await.unwrap_or_else(|| Err(unreachable()))
     }
 
@@ -200,7 +200,7 @@ impl Edge {
         let sim = &self.world.sim;
         let (mut leg, mut other) = match place.ready(leg, sim.now()) {
             Next::HandedOver => return,
-            Next::Ended(leg, reason) => return leg.end.send(LegMessage::Close(Some(reason))),
+            Next::Ended(leg, _) => return leg.end.send(LegMessage::Close),
             Next::Wait(leg, other) => (leg, other),
         };
         let (first, second) = loop {
@@ -208,10 +208,10 @@ impl Edge {
                 biased;
                 handed_over = &mut other => match handed_over {
                     Ok(other) => break (leg, other),
-                    Err(_) => return leg.end.send(LegMessage::Close(Some(CloseReason::RelayFailed))),
+                    Err(_) => return leg.end.send(LegMessage::Close),
                 },
-                reason = place.ended() => {
-                    leg.end.send(LegMessage::Close(Some(reason)));
+                _ = place.ended() => {
+                    leg.end.send(LegMessage::Close);
                     place.told();
                     return;
                 }
@@ -239,7 +239,7 @@ impl Edge {
         self.world.joined(&self.owner, place.facts.stream, [service.who, device.who]);
         self.spawn(Rc::clone(&self).announce(Arc::clone(&place.facts)));
         let ended = |message: Option<LegMessage>, role| match message {
-            Some(LegMessage::Close(_)) => CloseReason::closed_by(role),
+            Some(LegMessage::Close) => CloseReason::closed_by(role),
             None => CloseReason::lost(role),
         };
         let reason = tokio::select! {
@@ -250,7 +250,7 @@ impl Edge {
         };
         let reason = place.conclude(reason);
         for leg in [&service, &device] {
-            leg.end.send(LegMessage::Close(Some(reason)));
+            leg.end.send(LegMessage::Close);
         }
         drop((service, device));
         let announced = place.facts.milestones.wait_for(Milestone::Announced);
@@ -261,10 +261,15 @@ impl Edge {
 
     async fn announce(self: Rc<Self>, facts: Arc<StreamFacts>) {
         let joined = StreamState::Joined { joined: self.unix() };
-        if let Some(Ok(None)) = self.ask(self.store.advance_stream(facts.stream, joined)).await
-            && self.announcements.borrow().unknown(self.world.sim.now())
-        {
-            self.restore(&[Arc::clone(&facts)]).await;
+        let known = match self.ask(self.store.advance_stream(facts.stream, joined)).await {
+            Some(Ok(None)) if self.announcements.borrow().unknown(self.world.sim.now()) => {
+                self.restore(&[Arc::clone(&facts)]).await
+            }
+            Some(Ok(_)) => true,
+            Some(Err(_)) | None => false,
+        };
+        if !known {
+            self.announcements.borrow_mut().failed();
         }
         facts.milestones.reach(Milestone::Announced);
     }
@@ -338,10 +343,12 @@ impl Edge {
             let (role, owner) = (ServerRole::Edge, self.owner.clone());
             let lease = Lease { role, owner, accepts, load: load as u64, passed: None };
             if let Some(Ok(renewal)) = self.ask(self.store.renew(&lease)).await {
-                let owed = self.announcements.borrow_mut().renewed(renewal, load > 0, self.world.sim.now());
+                let owed = self.announcements.borrow_mut().renewed(renewal, self.world.sim.now());
                 if owed {
-                    let done = self.restore(&sorted(self.pairing.joined())).await;
-                    self.announcements.borrow_mut().restored(done);
+                    self.announcements.borrow_mut().restored();
+                    if !self.restore(&sorted(self.pairing.joined())).await {
+                        self.announcements.borrow_mut().failed();
+                    }
                 }
             }
             let renewal = self.world.sim.now() + self.world.timing.renewal;

@@ -140,7 +140,7 @@ impl Sim {
 
     /// A time between the two.
     pub(crate) fn time(&self, shortest: Duration, longest: Duration) -> Duration {
-        let span = usize::try_from((longest - shortest).as_micros()).unwrap();
+        let span = usize::try_from(longest.saturating_sub(shortest).as_micros()).unwrap();
         shortest + Duration::from_micros(self.below(span.max(1)) as u64)
     }
 
@@ -228,19 +228,19 @@ impl Sim {
     pub(crate) fn run_for(&self, time: Duration) {
         let end = self.micros() + u64::try_from(time.as_micros()).unwrap();
         while self.0.failure.borrow().is_none() {
+            // Any of them, and the same one for the same seed.
             let picked = {
                 let mut ready = self.0.ready.lock().unwrap();
-                let count = ready.len();
-                // In any order, and the same one for the same seed.
-                let picked = (count > 0)
-                    .then(|| *ready.iter().nth(if count == 1 { 0 } else { self.below(count) }).unwrap());
-                picked.inspect(|task| drop(ready.remove(task)))
+                let chosen = if ready.len() > 1 { self.below(ready.len()) } else { 0 };
+                let picked = ready.iter().nth(chosen).copied();
+                picked.filter(|task| ready.remove(task))
             };
             match picked {
                 Some(task) => self.poll(task),
                 None => {
                     let mut timers = self.0.timers.borrow_mut();
-                    let Some(Reverse(timer)) = timers.pop_due(end) else {
+                    let due = timers.peek().is_some_and(|Reverse(timer)| timer.at <= end);
+                    let Some(Reverse(timer)) = (if due { timers.pop() } else { None }) else {
                         self.0.now.store(end, atomic::Ordering::Relaxed);
                         return;
                     };
@@ -278,19 +278,6 @@ impl Sim {
     /// Microseconds since the beginning.
     pub(crate) fn micros(&self) -> u64 {
         self.0.now.load(atomic::Ordering::Relaxed)
-    }
-}
-
-trait PopIf {
-    fn pop_due(&mut self, end: u64) -> Option<Reverse<Timer>>;
-}
-
-impl PopIf for BinaryHeap<Reverse<Timer>> {
-    fn pop_due(&mut self, end: u64) -> Option<Reverse<Timer>> {
-        if self.peek()?.0.at > end {
-            return None;
-        }
-        self.pop()
     }
 }
 

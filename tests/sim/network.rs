@@ -89,10 +89,8 @@ impl World {
             let process = self.process_at(&to.address).filter(|process| process.role() == role);
             let meant = process.filter(|process| process.owner().incarnation == to.incarnation);
             let Some(process) = meant else {
-                return match self.trip(host, from).await {
-                    true => Err(CallError::Gone),
-                    false => Err(unreachable("the connection broke")),
-                };
+                let told = self.trip(host, from).await;
+                return Err(if told { CallError::Gone } else { unreachable("the connection broke") });
             };
             let (tell, told) = oneshot::channel();
             let (held, dropped) = oneshot::channel::<()>();
@@ -106,10 +104,7 @@ impl World {
             });
             let answer = told.await.map_err(|_| unreachable("the connection broke"))?;
             drop(held);
-            match self.trip(host, from).await {
-                true => Ok(answer),
-                false => Err(unreachable("the connection broke")),
-            }
+            if self.trip(host, from).await { Ok(answer) } else { Err(unreachable("the connection broke")) }
         };
         self.sim.timeout(within, answered).await.unwrap_or(Err(CallError::TimedOut))
     }

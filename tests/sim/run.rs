@@ -30,19 +30,36 @@ pub(crate) struct Outcome {
     pub(crate) failure: Option<String>,
     /// The same for the same run only.
     pub(crate) trace: u64,
-    pub(crate) granted: u32,
-    pub(crate) refused: u32,
-    pub(crate) joined: u32,
-    pub(crate) forwarded: u32,
-    pub(crate) outrun: u32,
+    pub(crate) counts: Counts,
+}
+
+/// What happened, so that one sees that something did.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub(crate) struct Counts {
+    pub(crate) granted: u64,
+    pub(crate) refused: u64,
+    pub(crate) joined: u64,
+    pub(crate) forwarded: u64,
+    /// Devices that heard that their newest link is not the newest: an older one was announced behind it.
+    pub(crate) outrun: u64,
+}
+
+impl Counts {
+    pub(crate) fn add(&mut self, other: &Self) {
+        self.granted += other.granted;
+        self.refused += other.refused;
+        self.joined += other.joined;
+        self.forwarded += other.forwarded;
+        self.outrun += other.outrun;
+    }
 }
 
 /// When the last fault begins, and when all is well again.
 const FAULTS: Duration = Duration::from_secs(12);
 const HEALED: Duration = Duration::from_secs(14);
 
-/// When every handshake is over, and what was forgotten is told again.
-const SETTLED: Duration = Duration::from_secs(40);
+/// After that: until every handshake is over, and what was forgotten is told again.
+const SETTLED: Duration = Duration::from_secs(26);
 
 /// What is being told takes no longer.
 const TOLD: Duration = Duration::from_secs(3);
@@ -77,20 +94,12 @@ pub(crate) fn run(seed: u64, sabotage: Sabotage, talks: bool) -> Outcome {
     let sim = Sim::new(seed, talks);
     let world = World::new(sim.clone(), sabotage);
     // Half of the tickets' leeway at the most, so that two clocks are never further apart than that.
-    let skews = (0..FIRST_DEVICE).map(|_| sim.below(4000) as i64 - 2000).collect();
+    let skews = (0..FIRST_DEVICE).map(|_| i64::try_from(sim.below(4000)).unwrap() - 2000).collect();
     let addresses = RefCell::new((0..EDGES).collect());
     let run = Rc::new(Run { world: Rc::clone(&world), fate: sim.life(), addresses, skews });
     run.play();
-    let truth = &world.truth;
-    let outcome = Outcome {
-        failure: sim.failure(),
-        trace: sim.trace(),
-        granted: truth.granted.get(),
-        refused: truth.refused.get(),
-        joined: truth.joined.get(),
-        forwarded: truth.forwarded.get(),
-        outrun: truth.outrun.get(),
-    };
+    let counts = world.truth.counts.borrow().clone();
+    let outcome = Outcome { failure: sim.failure(), trace: sim.trace(), counts };
     world.clear();
     outcome
 }
@@ -106,17 +115,25 @@ impl Run {
         }
         let devices: Vec<_> =
             (0..DEVICES).map(|number| Device::start(world, FIRST_DEVICE + number, number)).collect();
+        if sim.chance(8) {
+            let (world, device, begins) =
+                (Rc::clone(world), Rc::clone(&devices[1]), sim.time(Duration::ZERO, FAULTS));
+            self.later(async move {
+                world.sim.sleep(begins).await;
+                device.stop();
+            });
+        }
         for number in 0..3 + sim.below(5) {
             let (world, host, device) = (Rc::clone(world), FIRST_SERVICE + number, sim.below(DEVICES));
             let begins = sim.time(Duration::from_millis(500), FAULTS);
-            sim.spawn(self.fate, async move {
+            self.later(async move {
                 world.sim.sleep(begins).await;
                 service(world, host, number as u64, device).await;
             });
         }
         for _ in 0..sim.below(7) {
             let (run, begins) = (Rc::clone(self), sim.time(Duration::ZERO, FAULTS));
-            sim.spawn(self.fate, async move {
+            self.later(async move {
                 run.world.sim.sleep(begins).await;
                 run.fault().await;
             });
@@ -126,7 +143,7 @@ impl Run {
         world.network.heal();
         world.store.set_health(Health::Well);
         world.slowness.set(Duration::ZERO);
-        sim.run_for(SETTLED - HEALED);
+        sim.run_for(SETTLED);
         for slot in 0..EDGES {
             if sim.chance(50) {
                 self.start_edge(slot);
@@ -137,7 +154,7 @@ impl Run {
         let before = self.differences();
         for (number, device) in devices.iter().enumerate() {
             let (host, number) = (FIRST_SERVICE + number, 100 + number as u64);
-            sim.spawn(self.fate, probe(Rc::clone(world), host, number, Rc::clone(device)));
+            self.later(probe(Rc::clone(world), host, number, Rc::clone(device)));
         }
         sim.run_for(TOLD);
         if sim.failure().is_none() {
@@ -225,7 +242,7 @@ impl Run {
                 {
                     match &process {
                         Process::Control(control) if sim.chance(35) => Rc::clone(control).drain().await,
-                        _ => {
+                        Process::Control(_) | Process::Edge(_) => {
                             sim.say(|| format!("{} is killed", process.owner().name));
                             world.kill(&process);
                         }

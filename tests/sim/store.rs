@@ -48,7 +48,7 @@ pub(crate) enum Health {
 pub(crate) struct SimClient {
     store: Arc<SimStore>,
     seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
-    ends: Mutex<Ends>,
+    ends: Mutex<Ends<(StreamId, StreamState)>>,
 }
 
 impl SimStore {
@@ -116,10 +116,10 @@ impl SimClient {
 
     /// Keeps an end that did not reach the server.
     pub(crate) fn keep_untold(&self, stream: StreamId, end: StreamState) {
-        self.ends().failed(stream, end);
+        self.ends().failed((stream, end));
     }
 
-    fn ends(&self) -> MutexGuard<'_, Ends> {
+    fn ends(&self) -> MutexGuard<'_, Ends<(StreamId, StreamState)>> {
         self.ends.lock().unwrap()
     }
 
@@ -127,7 +127,7 @@ impl SimClient {
         let result = self.ask(|records, now| records.advance_stream(stream, next.clone(), now));
         if matches!(next, StreamState::Ended(_)) {
             match result {
-                Ok(_) => self.ends().told(stream, next, (self.store.clock)().now),
+                Ok(_) => self.ends().told((stream, next), (self.store.clock)().now),
                 Err(_) => self.keep_untold(stream, next),
             }
         }

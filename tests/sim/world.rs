@@ -22,6 +22,7 @@ use crate::{
     edge::Edge,
     executor::{Life, Sim},
     network::{Host, Network, delay},
+    run::Counts,
     store::SimStore,
 };
 
@@ -91,12 +92,7 @@ pub(crate) enum Process {
 #[derive(Default)]
 pub(crate) struct Truth {
     streams: RefCell<BTreeMap<StreamId, Story>>,
-    pub(crate) granted: Cell<u32>,
-    pub(crate) refused: Cell<u32>,
-    pub(crate) joined: Cell<u32>,
-    pub(crate) forwarded: Cell<u32>,
-    /// How often a device heard that its newest link is not the newest.
-    pub(crate) outrun: Cell<u32>,
+    pub(crate) counts: RefCell<Counts>,
     /// Who waits for an answer.
     asking: Rc<RefCell<BTreeSet<u64>>>,
 }
@@ -211,7 +207,10 @@ impl World {
 
     /// A process ends, and with it all that it did.
     pub(crate) fn kill(&self, process: &Process) {
-        let ended = self.processes.borrow_mut().remove(&process.owner().address);
+        let address = &process.owner().address;
+        // Another life may have begun there.
+        let listens = self.process_at(address).is_some_and(|there| there.life() == process.life());
+        let ended = listens.then(|| self.processes.borrow_mut().remove(address));
         self.sim.end(process.life());
         drop(ended);
     }
@@ -304,7 +303,7 @@ impl World {
                 format!("{stream} was joined by {other}, and now by {} {}", edge.name, edge.incarnation)
             });
         }
-        self.truth.joined.set(self.truth.joined.get() + 1);
+        self.truth.counts.borrow_mut().joined += 1;
         self.sim.say(|| format!("{} joins {stream}", edge.name));
     }
 }

@@ -1,7 +1,6 @@
 use std::{
-    collections::HashMap,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     time::Duration,
@@ -24,7 +23,7 @@ use midspan_platform::{
     lifecycle::Lifecycle,
     metrics::Metrics,
     owners::Owners,
-    rendezvous::{Lease, LinkRecord, Rendezvous, ServerRole, Timing},
+    rendezvous::{Ends, Lease, LinkRecord, Rendezvous, ServerRole, Timing},
     secrets::Secrets,
     watched::Watched,
 };
@@ -62,8 +61,8 @@ pub struct Control {
     renewed: AtomicBool,
     /// Whether the store has to be told of all links again.
     forgotten: AtomicBool,
-    /// Ends of links that the store could not be told of.
-    ended_links: Mutex<HashMap<DeviceAddress, u64>>,
+    /// Ends of links that the store could not be told of, or may have forgotten.
+    ended_links: Mutex<Ends<(DeviceAddress, u64)>>,
 }
 
 /// What a control plane is made of.
@@ -137,7 +136,8 @@ impl Control {
             settings: parts.settings,
             view: watch::Sender::new(Arc::new(View::empty(clock::now()))),
             timing: parts.timing,
-            renewed: AtomicBool::new(true),
+            // A link is announced behind the first lease: the store takes down those of replicas that it does not know.
+            renewed: AtomicBool::new(false),
             forgotten: AtomicBool::new(false),
             ended_links: Mutex::default(),
         });
@@ -203,12 +203,17 @@ impl Control {
     pub(crate) async fn link_down(&self, address: DeviceAddress, generation: u64) {
         let told =
             async { self.store_answers() && self.rendezvous.link_down(&address, generation).await.is_ok() };
-        if !timeout(STORE_LIMIT, told).await.unwrap_or(false) {
-            let mut ended = self.ended_links.lock().unwrap_or_else(PoisonError::into_inner);
-            if ended.len() < self.settings.limit_device_links {
-                ended.insert(address, generation);
-            }
+        let told = timeout(STORE_LIMIT, told).await.unwrap_or(false);
+        let (mut ended, end) = (self.ended_links(), (address, generation));
+        if told {
+            ended.told(end, clock::now());
+        } else if !ended.failed(end) {
+            warn!("too many links have ended that the store has not heard of; the oldest is left out");
         }
+    }
+
+    fn ended_links(&self) -> MutexGuard<'_, Ends<(DeviceAddress, u64)>> {
+        self.ended_links.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Writes the activity record of a stream that ended without its owner knowing of it.
@@ -249,6 +254,7 @@ impl Control {
                     if renewal.forgotten {
                         self.forgotten.store(true, Ordering::Relaxed);
                     }
+                    self.ended_links().renewed(renewal.forgotten, clock::now());
                     // Where it fails, the view of before stays.
                     let _ = self.look().await;
                 }
@@ -311,7 +317,7 @@ impl Control {
                 }
                 tokio::time::sleep(BATCH_PAUSE).await;
             }
-            let ended = std::mem::take(&mut *self.ended_links.lock().unwrap_or_else(PoisonError::into_inner));
+            let ended = self.ended_links().take(usize::MAX);
             for (address, generation) in ended {
                 self.link_down(address, generation).await;
             }

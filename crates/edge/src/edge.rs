@@ -280,15 +280,23 @@ impl Edge {
 
     async fn announce(self: Arc<Self>, facts: Arc<StreamFacts>) {
         let joined = StreamState::Joined { joined: clock::unix() };
-        match timeout(STORE_LIMIT, self.rendezvous.advance_stream(facts.stream, joined)).await {
+        let known = match timeout(STORE_LIMIT, self.rendezvous.advance_stream(facts.stream, joined)).await {
             // The store has forgotten it during its handshake; or it knows better, and then this changes nothing.
             Ok(Ok(None)) if self.announcements().unknown(clock::now()) => {
-                self.restore(&[Arc::clone(&facts)]).await;
+                self.restore(&[Arc::clone(&facts)]).await
             }
-            Ok(Ok(_)) => {}
-            // Once the store is back, all streams are announced again.
-            Ok(Err(error)) => warn!(stream.id = %facts.stream, %error, "a stream could not be announced"),
-            Err(_) => warn!(stream.id = %facts.stream, "a stream could not be announced in time"),
+            Ok(Ok(_)) => true,
+            Ok(Err(error)) => {
+                warn!(stream.id = %facts.stream, %error, "a stream could not be announced yet");
+                false
+            }
+            Err(_) => {
+                warn!(stream.id = %facts.stream, "a stream could not be announced in time");
+                false
+            }
+        };
+        if !known {
+            self.announcements().failed();
         }
         facts.milestones.reach(Milestone::Announced);
     }
@@ -457,10 +465,13 @@ impl Edge {
             };
             match timeout(STORE_LIMIT, self.rendezvous.renew(&lease)).await {
                 Ok(Ok(renewal)) => {
-                    let owed = self.announcements().renewed(renewal, load > 0, clock::now());
+                    let owed = self.announcements().renewed(renewal, clock::now());
                     if owed {
-                        let done = self.restore(&self.pairing.joined()).await;
-                        self.announcements().restored(done);
+                        // One that fails in the meantime is for the next time.
+                        self.announcements().restored();
+                        if !self.restore(&self.pairing.joined()).await {
+                            self.announcements().failed();
+                        }
                     }
                 }
                 Ok(Err(error)) => warn!(%error, "the edge's lease could not be renewed"),

@@ -2,10 +2,16 @@
 
 mod faults;
 mod redis;
+#[path = "../../sim/store.rs"]
+#[expect(dead_code, reason = "its faults are for the simulation")]
+mod simulated_store;
 
 use std::{sync::Arc, time::Duration};
 
-use self::redis::{Behind, Cluster, Single, Tls};
+use self::{
+    redis::{Behind, Cluster, Single, Tls},
+    simulated_store::SimStore,
+};
 use midspan_core::{
     close::CloseReason,
     id::{DeviceAddress, Incarnation, StreamId},
@@ -14,8 +20,12 @@ use midspan_core::{
     ticket::Owner,
     time::UnixTime,
 };
-use midspan_platform::rendezvous::{
-    CreateError, Lease, LinkRecord, MemoryRendezvous, Rendezvous, ServerRole, StreamLimits, Timing,
+use midspan_platform::{
+    clock,
+    rendezvous::{
+        CreateError, Lease, LinkRecord, MemoryRendezvous, Moment, Rendezvous, ServerRole, StreamLimits,
+        Timing,
+    },
 };
 use testkit::{eventually, until, within};
 
@@ -415,6 +425,17 @@ impl Stores for Memory {
     }
 }
 
+/// What the simulation goes by, on the clock of the wall.
+struct Simulated;
+
+impl Stores for Simulated {
+    async fn open<const N: usize>(&self, timing: Timing) -> [Arc<dyn Rendezvous>; N] {
+        let now = || Moment { now: clock::now(), unix_milliseconds: clock::unix_milliseconds() };
+        let store = SimStore::new(timing, now);
+        std::array::from_fn(|_| store.client() as _)
+    }
+}
+
 macro_rules! suite {
     ($module:ident, $stores:expr, $rules:tt) => {
         mod $module {
@@ -440,6 +461,7 @@ macro_rules! suites {
 suites! {
     {
         memory: Memory,
+        simulated: Simulated,
         single: Single,
         tls: Tls,
         sentinel: Behind,

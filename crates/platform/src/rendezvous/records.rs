@@ -24,6 +24,8 @@ use super::{
 pub struct Records {
     timing: Timing,
     streams: BTreeMap<StreamId, Stream>,
+    /// Streams that ended and were not known, and until when they are remembered: nobody brings them up again.
+    ended_unknown: BTreeMap<StreamId, Instant>,
     count_by_device: HashMap<DeviceAddress, u64>,
     count_by_service: HashMap<String, u64>,
     lease_by_owner: BTreeMap<(ServerRole, Incarnation), (Lease, Instant)>,
@@ -96,7 +98,12 @@ impl Records {
         at: Moment,
     ) -> Option<StreamRecord> {
         let forget = at.now + self.timing.remember;
-        let stream = self.streams.get_mut(&stream)?;
+        let Some(stream) = self.streams.get_mut(&stream) else {
+            if matches!(next, StreamState::Ended(_)) {
+                self.ended_unknown.insert(stream, forget);
+            }
+            return None;
+        };
         if !stream.record.advance(next) {
             return None;
         }
@@ -132,7 +139,7 @@ impl Records {
             }
             if self.streams.contains_key(&record.stream) {
                 self.advance_stream(record.stream, record.state.clone(), at);
-            } else if !record.is_ended() {
+            } else if !record.is_ended() && !self.ended_unknown.contains_key(&record.stream) {
                 self.insert(record.clone(), at.now + self.timing.given_up_after(record));
             }
         }
@@ -151,7 +158,8 @@ impl Records {
             _ if lost(ServerRole::Edge, &stream.record.owner) => Some(CloseReason::EdgeLost),
             StreamState::Joined { .. } => None,
             StreamState::Requested | StreamState::Accepted => {
-                (now > stream.due).then_some(CloseReason::BothLegsMissing)
+                // Who has joined it may only not have come round yet.
+                (settled && now > stream.due).then_some(CloseReason::BothLegsMissing)
             }
         };
         let over: Vec<_> =
@@ -163,6 +171,7 @@ impl Records {
         });
         let ended = ended.collect();
         self.streams.retain(|_, stream| !stream.record.is_ended() || now < stream.due);
+        self.ended_unknown.retain(|_, until| now < *until);
         self.links.retain(|device, _| !gone.contains(device));
         self.waiting_by_device.retain(|_, waiting| waiting.iter().any(|(_, until)| now < *until));
         let kept = self.timing.lease * 10;

@@ -60,7 +60,7 @@ pub struct RedisRendezvous {
     /// From the reservation of a device's place until its stream must be recorded.
     creation_limit: Duration,
     slots: Arc<Slots>,
-    ends: Mutex<Ends>,
+    ends: Mutex<Ends<(StreamId, StreamState)>>,
     metrics: StoreMetrics,
     seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
 }
@@ -194,8 +194,8 @@ impl RedisRendezvous {
         let advanced = self.redis.run::<Option<String>>(Script::AdvanceStream, &base, &arguments).await;
         if matches!(next, StreamState::Ended(_)) {
             if advanced.is_ok() {
-                self.ends().told(stream, next.clone(), clock::now());
-            } else if !self.ends().failed(stream, next.clone()) {
+                self.ends().told((stream, next.clone()), clock::now());
+            } else if !self.ends().failed((stream, next.clone())) {
                 warn!("too many ends that the store has not heard of; the oldest is left out");
             }
         }

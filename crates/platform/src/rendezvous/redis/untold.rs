@@ -6,6 +6,7 @@ use std::{
 };
 
 use futures_util::future::join_all;
+use midspan_core::{id::StreamId, record::StreamState};
 use tracing::info;
 
 use super::RedisRendezvous;
@@ -18,7 +19,7 @@ const AGAIN: Duration = Duration::from_millis(500);
 const AT_ONCE: usize = 64;
 
 impl RedisRendezvous {
-    pub(super) fn ends(&self) -> MutexGuard<'_, Ends> {
+    pub(super) fn ends(&self) -> MutexGuard<'_, Ends<(StreamId, StreamState)>> {
         self.ends.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
