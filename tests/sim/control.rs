@@ -283,8 +283,7 @@ impl Control {
 
     async fn announce_link(self: &Rc<Self>, address: &DeviceAddress) -> (Registration, u64) {
         let _turn = self.links.turn(address).lock().await;
-        let since = self.unix();
-        let held = Held { generation: since.0 * 1000, since };
+        let held = Held::new(self.world.sim.unix_milliseconds(self.skew));
         let registration = self.links.register(address, held);
         let up = if self.renewed.get() {
             self.ask(self.store.link_up(address, &self.replica)).await.ok()

@@ -95,7 +95,11 @@ impl Sim {
 
     /// The clock on the wall, where it is `skew` milliseconds ahead.
     pub(crate) fn unix(&self, skew: i64) -> UnixTime {
-        UnixTime(START_UNIX.saturating_add(self.micros() / 1000).saturating_add_signed(skew) / 1000)
+        UnixTime(self.unix_milliseconds(skew) / 1000)
+    }
+
+    pub(crate) fn unix_milliseconds(&self, skew: i64) -> u64 {
+        START_UNIX.saturating_add(self.micros() / 1000).saturating_add_signed(skew)
     }
 
     /// The clock of a store.

@@ -183,11 +183,13 @@ impl Rendezvous for SimClient {
 
     async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
         let began = (self.store.clock)().now;
+        let incarnation = lease.owner.incarnation;
+        self.seen_by_incarnation.lock().unwrap().entry(incarnation).or_default().renews(began);
         let renewal = self.ask(|records, now| records.renew(lease, now))?;
         let server = self.store.state().server.to_string().into();
         let look = Look { server: Some(server), lapsed: renewal.forgotten, ..Look::default() };
         let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap();
-        let seen = seen_by_incarnation.entry(lease.owner.incarnation).or_default();
+        let seen = seen_by_incarnation.entry(incarnation).or_default();
         let now = (self.store.clock)().now;
         let forgotten = seen.renewed(look, self.store.timing.lease, began, now);
         self.ends().renewed(forgotten, now);

@@ -138,7 +138,7 @@ impl Control {
     async fn announce_link(&self, address: &DeviceAddress) -> Announced {
         // Two links of one device get their generations in the order in which they replace each other.
         let _turn = self.links.turn(address).lock().await;
-        let held = Held { generation: clock::unix_milliseconds(), since: clock::unix() };
+        let held = Held::new(clock::unix_milliseconds());
         let registration = self.links.register(address, held);
         let up = if self.store_answers() {
             timeout(STORE_LIMIT, self.rendezvous.link_up(address, &self.replica))

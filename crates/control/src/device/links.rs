@@ -7,6 +7,7 @@ use std::{
 };
 
 use midspan_core::{
+    credential::CLOCK_LEEWAY_SECONDS,
     deny::DenyList,
     id::{DeviceAddress, RequestId},
     internal::Outcome,
@@ -44,10 +45,21 @@ struct Handle {
 /// A link that this replica holds.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Held {
-    /// The store's, or the clock's at the beginning of the link for as long as the store has given none.
+    /// The store's, or of the clock at the beginning of the link for as long as the store has given none.
     pub generation: u64,
     /// When it began.
     pub since: UnixTime,
+}
+
+impl Held {
+    /// A link that begins at this time, by the clock here.
+    ///
+    /// Generations are the store's times. Its clock may be behind this one, and a link must not push out one that the store has
+    /// given a generation since: so this link is taken to be older than it is.
+    pub fn new(unix_milliseconds: u64) -> Self {
+        let generation = unix_milliseconds.saturating_sub(CLOCK_LEEWAY_SECONDS * 1000);
+        Self { generation, since: UnixTime(unix_milliseconds / 1000) }
+    }
 }
 
 /// What the store knows of a link.

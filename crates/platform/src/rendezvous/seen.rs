@@ -10,7 +10,7 @@ pub struct Seen {
     server: Option<Arc<str>>,
     epoch: u64,
     mark_by_base: HashMap<String, u64>,
-    /// When the last renewal began that was answered.
+    /// When the last renewal began that was answered; before that, the first one that was not.
     renewed: Option<Instant>,
 }
 
@@ -28,6 +28,11 @@ pub struct Look {
 }
 
 impl Seen {
+    /// A renewal begins. Should its answer be lost, the lease may have begun, and ended, all the same.
+    pub fn renews(&mut self, began: Instant) {
+        self.renewed.get_or_insert(began);
+    }
+
     /// Takes a new look, and says whether the store may have forgotten, or had taken the process for lost, since the one before.
     /// The renewal began at `began` and was answered at `now`.
     pub fn renewed(&mut self, look: Look, lease: Duration, began: Instant, now: Instant) -> bool {
@@ -43,10 +48,58 @@ impl Seen {
             let before = self.mark_by_base.insert(base, mark);
             differs |= before.is_some_and(|before| before != mark);
         }
-        let before = self.renewed.replace(began);
+        let before = self.renewed.replace(began).filter(|before| *before != began);
         // The answer that told of a lapse may have been lost.
         let lapsed =
             before.is_some_and(|before| look.lapsed || now.saturating_duration_since(before) > lease);
         differs || lapsed
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::clock;
+
+    const LEASE: Duration = Duration::from_secs(5);
+
+    #[test]
+    fn a_lapse_is_noticed_although_the_answer_that_told_of_it_was_lost() {
+        let (mut seen, start) = (Seen::default(), clock::now());
+        let later = |seconds| start + Duration::from_secs(seconds);
+        let look = |lapsed| Look { lapsed, ..Look::default() };
+        seen.renews(start);
+        assert!(!seen.renewed(look(true), LEASE, start, start), "the first lease of a life lapses nothing");
+        seen.renews(later(1));
+        assert!(!seen.renewed(look(false), LEASE, later(1), later(1)));
+        seen.renews(later(7));
+        seen.renews(later(8));
+        assert!(seen.renewed(look(false), LEASE, later(8), later(8)));
+        seen.renews(later(9));
+        assert!(!seen.renewed(look(false), LEASE, later(9), later(9)));
+    }
+
+    #[test]
+    fn the_first_lease_of_a_life_may_have_been_lost_before_it_was_answered() {
+        let (mut seen, start) = (Seen::default(), clock::now());
+        seen.renews(start);
+        let again = start + Duration::from_secs(1);
+        seen.renews(again);
+        assert!(seen.renewed(Look { lapsed: true, ..Look::default() }, LEASE, again, again));
+    }
+
+    #[test]
+    fn another_server_or_mark_is_noticed() {
+        let (mut seen, now) = (Seen::default(), clock::now());
+        let mut look = |server: &str, epoch, mark| {
+            let marks = vec![("streams".to_owned(), mark)];
+            seen.renewed(Look { server: Some(server.into()), epoch, marks, lapsed: false }, LEASE, now, now)
+        };
+        assert!(!look("one", 1, 7));
+        assert!(!look("one", 1, 7));
+        assert!(look("two", 1, 7));
+        assert!(look("two", 2, 7));
+        assert!(look("two", 2, 8));
+        assert!(!look("two", 2, 8));
     }
 }

@@ -22,7 +22,7 @@ mod untold;
 
 use std::{
     collections::{HashMap, VecDeque},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 
@@ -343,10 +343,14 @@ impl RedisRendezvous {
                 .map(async |base| Some((base.clone(), self.redis.run(Script::Mark, &base, &[]).await.ok()?)));
             marks.extend(join_all(seen).await.into_iter().flatten());
         }
-        let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap_or_else(PoisonError::into_inner);
         let look = Look { server: self.redis.server(), epoch, marks, lapsed };
+        let mut seen_by_incarnation = self.seen_by_incarnation();
         let seen = seen_by_incarnation.entry(incarnation).or_default();
         seen.renewed(look, self.timing.lease, began, clock::now())
+    }
+
+    fn seen_by_incarnation(&self) -> MutexGuard<'_, HashMap<Incarnation, Seen>> {
+        self.seen_by_incarnation.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A device's link out of replica, generation and time.
@@ -503,6 +507,7 @@ impl Rendezvous for RedisRendezvous {
 
     async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
         let began = clock::now();
+        self.seen_by_incarnation().entry(lease.owner.incarnation).or_default().renews(began);
         let arguments = [
             role(lease.role).to_owned(),
             lease.owner.incarnation.to_string(),
