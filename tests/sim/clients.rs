@@ -188,7 +188,7 @@ impl Dial {
             match self.open(world, ticket).await {
                 Ok(end) => {
                     // Some streams last to the end of the run.
-                    let lasts = self.stream.as_u128() % 3 == 0;
+                    let lasts = self.stream.as_u128().is_multiple_of(3);
                     let stays = if lasts {
                         Duration::from_secs(600)
                     } else {

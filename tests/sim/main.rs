@@ -39,7 +39,7 @@ const SEEDS: u64 = 500;
 /// In how many seeds it must show that something is taken out.
 const FEW: u64 = 2000;
 
-/// Two seeds for each processor are run at a time, so that one test does not take all of a machine.
+/// How many seeds are run at a time: other tests run as well.
 const THREADS: usize = 2;
 
 #[test]

@@ -12,6 +12,9 @@ pub struct Seen {
     mark_by_base: HashMap<String, u64>,
     /// When the last renewal began that was answered; before that, the first one that was not.
     renewed: Option<Instant>,
+    under_way: bool,
+    /// Whether a renewal since then had no answer.
+    unanswered: bool,
 }
 
 /// One look at a store.
@@ -30,6 +33,8 @@ pub struct Look {
 impl Seen {
     /// A renewal begins. Should its answer be lost, the lease may have begun, and ended, all the same.
     pub fn renews(&mut self, began: Instant) {
+        self.unanswered |= self.under_way;
+        self.under_way = true;
         self.renewed.get_or_insert(began);
     }
 
@@ -48,10 +53,13 @@ impl Seen {
             let before = self.mark_by_base.insert(base, mark);
             differs |= before.is_some_and(|before| before != mark);
         }
+        self.under_way = false;
+        let unanswered = std::mem::take(&mut self.unanswered);
         let before = self.renewed.replace(began).filter(|before| *before != began);
-        // The answer that told of a lapse may have been lost.
-        let lapsed =
-            before.is_some_and(|before| look.lapsed || now.saturating_duration_since(before) > lease);
+        let lapsed = before.is_some_and(|before| {
+            // The answer that told of it may have been lost.
+            look.lapsed || (unanswered && now.saturating_duration_since(before) > lease)
+        });
         differs || lapsed
     }
 }
@@ -75,8 +83,11 @@ mod tests {
         seen.renews(later(7));
         seen.renews(later(8));
         assert!(seen.renewed(look(false), LEASE, later(8), later(8)));
-        seen.renews(later(9));
-        assert!(!seen.renewed(look(false), LEASE, later(9), later(9)));
+        seen.renews(later(15));
+        assert!(
+            !seen.renewed(look(false), LEASE, later(15), later(15)),
+            "it would have been told of a lapse"
+        );
     }
 
     #[test]
