@@ -1,6 +1,6 @@
 # `make` alone lists the targets.
 .DEFAULT_GOAL := help
-.PHONY: help demo check test test-cluster cluster-up cluster-down chart load test-long gates bench fuzz docs
+.PHONY: help demo check test test-cluster cluster-up cluster-down chart load test-long gates bench bench-scale fuzz docs
 
 help:
 	@echo 'make demo               relay, device and service as processes here, over TLS, with numbers'
@@ -14,6 +14,7 @@ help:
 	@echo 'make gates              instructions, system calls and memory of the data path, against their bounds'
 	@echo 'make bench              the data path beside other relays, in about 15 minutes; ARGS=--quick is rough'
 	@echo '                        ARGS=--peers also installs other tunnels, and compares them from end to end'
+	@echo 'make bench-scale        what device links, handshakes and further edges cost, in about 5 minutes'
 	@echo 'make fuzz TARGET=name   one fuzz target, for MINUTES=5; needs a nightly compiler'
 	@echo 'make docs               the tables in docs/, and the crates under target/doc'
 
@@ -51,6 +52,9 @@ gates:
 
 bench:
 	@scripts/bench $(ARGS)
+
+bench-scale:
+	@scripts/bench-scale $(ARGS)
 
 fuzz:
 	@scripts/fuzz '$(TARGET)' '$(or $(MINUTES),5)'

@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    io::{Read as _, Write as _},
     net::{SocketAddr, TcpStream},
     path::Path,
     sync::{
@@ -59,6 +60,10 @@ pub(crate) struct Links {
     pub(crate) idle: f64,
     /// Round trips to the store in a second in which nothing happens.
     pub(crate) idle_trips: f64,
+    /// Microseconds of the replica's CPU for announcing a link again to a store that has lost everything.
+    pub(crate) restore: f64,
+    /// Microseconds of the store's CPU for that.
+    pub(crate) restore_store: f64,
     pub(crate) handshakes: usize,
     /// Microseconds of the replica's CPU from a service's request to its answer, the device's part included.
     pub(crate) handshake: f64,
@@ -105,11 +110,14 @@ pub(crate) fn measure(
     let before = relay.spent()?;
     relay.open(&mut devices, links)?;
     let opened = relay.spent()?;
-    let (rested, asked) = serve(devices, || {
+    let (rested, restored, asked) = serve(devices, || {
         thread::sleep(rest);
         let rested = relay.spent()?;
+        relay.store.forget()?;
+        relay.wait_for_links(opened.store_bytes)?;
+        let restored = relay.spent()?;
         relay.ask(handshakes, FIRST + links)?;
-        Ok((rested, relay.spent()?))
+        Ok((rested, restored, relay.spent()?))
     })?;
     let micros = |before: Duration, after: Duration| after.saturating_sub(before).as_secs_f64() * 1e6;
     let (links_f, handshakes_f) = (float(count(links)), float(count(handshakes)));
@@ -123,11 +131,13 @@ pub(crate) fn measure(
         open_store: micros(before.store, opened.store) / links_f,
         idle: micros(opened.control, rested.control) / resting,
         idle_trips: (rested.trips - opened.trips) / rest.as_secs_f64(),
+        restore: micros(rested.control, restored.control) / float(count(FIRST + links)),
+        restore_store: micros(rested.store, restored.store) / float(count(FIRST + links)),
         handshakes,
-        handshake: micros(rested.control, asked.control) / handshakes_f,
-        handshake_store: micros(rested.store, asked.store) / handshakes_f,
-        handshake_trips: (asked.trips - rested.trips) / handshakes_f,
-        handshake_memory: (asked.store_bytes - rested.store_bytes) / 1024.0 / handshakes_f,
+        handshake: micros(restored.control, asked.control) / handshakes_f,
+        handshake_store: micros(restored.store, asked.store) / handshakes_f,
+        handshake_trips: (asked.trips - restored.trips) / handshakes_f,
+        handshake_memory: (asked.store_bytes - restored.store_bytes) / 1024.0 / handshakes_f,
     })
 }
 
@@ -222,6 +232,16 @@ impl Relay {
         })
     }
 
+    /// Waits until the store has nearly as much as when all links were there.
+    fn wait_for_links(&self, bytes: f64) -> Result<()> {
+        let end = clock::now() + Duration::from_secs(60);
+        while self.store.used_memory()? < 0.95 * bytes {
+            ensure!(clock::now() < end, "the links are not announced again");
+            thread::sleep(WAIT);
+        }
+        Ok(())
+    }
+
     /// Waits until the replica rests.
     fn spent(&self) -> Result<Spent> {
         thread::sleep(CALM);
@@ -286,12 +306,24 @@ fn read_created(connection: &mut Connection, scratch: &mut Scratch) -> Result<()
 impl Redis {
     /// Bytes that it uses.
     fn used_memory(&self) -> Result<f64> {
-        use std::io::{BufRead as _, BufReader, Write as _};
+        let answer = self.command("INFO memory")?;
+        let used = answer.lines().find_map(|line| line.strip_prefix("used_memory:")?.trim().parse().ok());
+        used.context("the store does not say how much memory it uses")
+    }
+
+    /// Loses everything.
+    fn forget(&self) -> Result<()> {
+        let answer = self.command("FLUSHALL")?;
+        ensure!(answer.starts_with("+OK"), "the store keeps what it has: {answer}");
+        Ok(())
+    }
+
+    fn command(&self, command: &str) -> Result<String> {
         let mut socket = TcpStream::connect(self.address)?;
-        socket.write_all(b"INFO memory\r\nQUIT\r\n")?;
-        let mut lines = BufReader::new(socket).lines();
-        let used = lines.find_map(|line| Some(line.ok()?.strip_prefix("used_memory:")?.trim().parse().ok()));
-        used.flatten().context("the store does not say how much memory it uses")
+        write!(socket, "{command}\r\nQUIT\r\n")?;
+        let mut answer = String::new();
+        socket.read_to_string(&mut answer)?;
+        Ok(answer)
     }
 }
 

@@ -39,6 +39,11 @@ pub(crate) fn write(scale: &Scale) -> String {
     );
     row("round trips to the store while nothing happens".into(), format!("{:.0} a second", links.idle_trips));
     row(
+        "announcing a link again to a store that lost everything: the replica's CPU".into(),
+        format!("{:.0} us", links.restore),
+    );
+    row("announcing a link again: the store's CPU".into(), format!("{:.0} us", links.restore_store));
+    row(
         format!("a service's request until its answer, {} of them: the replica's CPU", links.handshakes),
         format!("{:.0} us", links.handshake),
     );
