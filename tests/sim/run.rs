@@ -26,7 +26,9 @@ use crate::{
 /// What came of a run.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Outcome {
-    /// The rule that was broken, and how.
+    /// The rule that was broken.
+    pub(crate) broken: Option<Rule>,
+    /// How it was.
     pub(crate) failure: Option<String>,
     /// The same for the same run only.
     pub(crate) trace: u64,
@@ -99,7 +101,8 @@ pub(crate) fn run(seed: u64, sabotage: Sabotage, talks: bool) -> Outcome {
     let run = Rc::new(Run { world: Rc::clone(&world), fate: sim.life(), addresses, skews });
     run.play();
     let counts = world.truth.counts.borrow().clone();
-    let outcome = Outcome { failure: sim.failure(), trace: sim.trace(), counts };
+    let broken = world.truth.broken.get();
+    let outcome = Outcome { broken, failure: sim.failure(), trace: sim.trace(), counts };
     world.clear();
     outcome
 }
