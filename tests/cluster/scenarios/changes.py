@@ -8,7 +8,7 @@ from load import Load, must_be_clean, told
 from release import NAME, names, the_release
 
 # Of the load, once all streams stand; what is done meanwhile takes less, also on a busy machine.
-SECONDS = 210
+SECONDS = 160
 # Of an edge that goes down: what is tried does not depend on its length, but the test's length does.
 GRACE = 10
 API_SERVER_AWAY = 60
