@@ -111,6 +111,7 @@ class Cluster:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
         found += [line.split()[4] for line in mounts if f"{self.folder}/" in line]
         found += [str(path) for one in self.nodes for path in one.cgroup_folders()]
+        found += [str(path) for path in node.elsewhere(self.folder)]
         paths = (self.folder, Path(f"/run/netns/{self.network}"))
         return found + [str(path) for path in paths if path.exists()]
 

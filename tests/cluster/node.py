@@ -1,5 +1,6 @@
 """A node: containerd and kubelet with folders, addresses and control groups of their own."""
 
+import contextlib
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,8 @@ import network
 from commands import Failed, run, until
 
 CGROUPS = Path("/sys/fs/cgroup")
+LOG_LINKS = Path("/var/log/containers")
+CNI_RESULTS = Path("/var/lib/cni/results")
 POD_SHARES = 16 * 1024
 PAUSE_IMAGE = "docker.io/library/pause:test"
 
@@ -117,6 +120,8 @@ class Node:
             # The machine is shared: how full its disk is, is not the cluster's business.
             "evictionHard": {"memory.available": "0%", "nodefs.available": "0%", "imagefs.available": "0%"},
             "imageGCHighThresholdPercent": 100,
+            "podLogsDir": str(self.folder / "logs"),
+            "volumePluginDir": str(self.folder / "volume-plugins"),
             "clusterDomain": "cluster.local",
             "clusterDNS": [network.DNS_SERVICE],
             "resolvConf": str(self.folder / "resolv.conf"),
@@ -130,6 +135,8 @@ root = "{self.folder}/containerd"
 state = "{self.folder}/containerd-state"
 [grpc]
 address = "{self.socket}"
+[plugins."io.containerd.internal.v1.opt"]
+path = "{self.folder}/opt"
 [plugins."io.containerd.grpc.v1.cri"]
 sandbox_image = "{PAUSE_IMAGE}"
 disable_apparmor = true
@@ -151,8 +158,19 @@ def _remove_folder(folder):
     return True
 
 
+def elsewhere(folder: Path):
+    """Files that kubelets and CNI keep in places which nobody can choose, and that are about this folder's containers."""
+    links = [path for path in LOG_LINKS.glob("*.log") if path.is_symlink() and path.readlink().is_relative_to(folder)]
+    return links + [path for path in CNI_RESULTS.glob("*") if f"{folder}/" in path.read_text(errors="replace")]
+
+
 def forget(folder: Path):
-    """Unmounts what lies below the folder, the deepest first, and removes it."""
+    """Unmounts what lies below the folder, the deepest first, and removes it and what is elsewhere because of it."""
+    for path in elsewhere(folder):
+        path.unlink(missing_ok=True)
+    for place in (LOG_LINKS, CNI_RESULTS):
+        with contextlib.suppress(OSError):
+            place.rmdir()
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]
     for point in sorted((mount for mount in mounts if Path(mount).is_relative_to(folder)), key=len, reverse=True):
         run("umount", "--lazy", point)

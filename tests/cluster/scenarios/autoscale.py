@@ -32,7 +32,7 @@ def out_and_in(release, target, script, name):
     until("an idle relay has one edge", lambda: len(release.pods("edge")) == 1, timeout=240, pause=1)
     began = time.monotonic()
     out, peak = None, 1
-    with Load(release, script, name, LOAD_DURATION=30, LOAD_GRACE=1) as load:
+    with Load(release, script, name, LOAD_DURATION=25, LOAD_GRACE=1) as load:
         while load.runs():
             peak = max(peak, wanted(release))
             if out is None and len(release.ready("edge")) >= 2:
