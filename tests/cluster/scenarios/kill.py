@@ -15,7 +15,7 @@ STREAMS = 200
 def scenario(cluster, steps):
     release = the_release(cluster)
     release.scale("edge", 2)
-    with Load(release, "rolling.js", "kill", LOAD_DURATION=25, LOAD_STREAMS=STREAMS, LOAD_RATE=20) as load:
+    with Load(release, "rolling.js", "kill", LOAD_DURATION=15, LOAD_STREAMS=STREAMS, LOAD_RATE=20) as load:
         load.wait_for_streams(STREAMS)
         victim = release.ready("edge")[0]
         with steps("an edge that is killed comes back") as figures:
