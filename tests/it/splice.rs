@@ -74,6 +74,31 @@ async fn a_reader_that_takes_nothing_at_a_clean_end_is_not_waited_for_for_ever()
 }
 
 #[tokio::test]
+async fn an_end_that_reads_nothing_may_write_all_the_same() {
+    const SIZE: usize = 256 * 1024;
+    let (mut service, relay_service) = duplex(4096);
+    let (mut device, relay_device) = duplex(64 * 1024);
+    // More than a service that does not read takes.
+    let early = [Bytes::new(), Bytes::from(Frame::binary(&pattern(SIZE)).bytes())];
+    let talking = async {
+        let said = Frame::binary(&pattern(SIZE)).bytes();
+        let (mut heard, mut read) = (0, vec![0; 64 * 1024]);
+        let hearing = async {
+            while heard < SIZE {
+                heard += device.read(&mut read).await.unwrap();
+            }
+        };
+        let (written, ()) = tokio::join!(service.write_all(&said), hearing);
+        written.unwrap();
+    };
+    let splicing = splice(relay_service, relay_device, early, limits(), std::future::pending());
+    tokio::select! {
+        _ = splicing => panic!("the stream ended"),
+        () = within("all that the service writes", talking) => {}
+    }
+}
+
+#[tokio::test]
 async fn an_end_from_outside_is_told_to_both() {
     let (service, relay_service) = duplex(1024);
     let (device, relay_device) = duplex(1024);

@@ -30,8 +30,8 @@ use super::{
 };
 use crate::{leg::FAREWELL, moderation, vitals::Seen};
 
-/// A leg that owes this much output is not read from, not even for the pings that it sends.
-const OUTPUT_MAX: usize = 64 * 1024;
+/// A leg for which so many bytes of pings and pongs wait is not read from, not even for the pings that it sends.
+const OWN_MAX: usize = 64 * 1024;
 
 /// What a stream reads at once from a leg at first, and while its other leg is slow, in bytes.
 const APPETITE_LEAST: usize = 64 * 1024;
@@ -130,6 +130,8 @@ struct Backlog {
     /// What is to be sent, from `written` on.
     output: Vec<u8>,
     written: usize,
+    /// How many bytes of `output` are the relay's own pings and pongs.
+    own: usize,
     /// Whether the connection itself still keeps something.
     unflushed: bool,
     /// Since when the connection takes nothing.
@@ -265,7 +267,7 @@ impl<IO: Pipe> Half<IO> {
                     return Ok(());
                 }
                 Stop::Control(Control::Ping(payload)) => {
-                    put_frame(self.output(), Opcode::Pong, true, payload);
+                    self.put_own(Opcode::Pong, payload);
                 }
                 Stop::Control(Control::Pong) => self.seen.ponged = true,
                 Stop::Control(Control::Close(CloseFrame { code, text })) => {
@@ -335,7 +337,7 @@ impl<IO: Pipe> Half<IO> {
             backlog.unflushed = true;
             self.seen.took = true;
         }
-        (backlog.output, backlog.written) = (Vec::new(), 0);
+        (backlog.output, backlog.written, backlog.own) = (Vec::new(), 0, 0);
         if backlog.unflushed {
             ready!(Pin::new(&mut self.io).poll_flush(cx))?;
             backlog.unflushed = false;
@@ -441,8 +443,15 @@ impl<IO: Pipe> Half<IO> {
 
     pub(super) fn put_ping(&mut self) {
         if !self.is_full() {
-            put_frame(self.output(), Opcode::Ping, true, b"");
+            self.put_own(Opcode::Ping, b"");
         }
+    }
+
+    fn put_own(&mut self, opcode: Opcode, payload: &[u8]) {
+        let backlog = self.backlog.get_or_insert_default();
+        let before = backlog.output.len();
+        put_frame(&mut backlog.output, opcode, true, payload);
+        backlog.own += backlog.output.len() - before;
     }
 
     pub(super) fn put_close(&mut self, frame: CloseFrame<'_>) {
@@ -462,8 +471,9 @@ impl<IO: Pipe> Half<IO> {
         self.backlog.as_deref().is_some_and(Backlog::owes)
     }
 
+    /// What it is to be told of the other leg's does not count: an end that only writes for now must get through.
     fn is_full(&self) -> bool {
-        self.backlog.as_deref().is_some_and(|backlog| backlog.left().len() >= OUTPUT_MAX)
+        self.backlog.as_deref().is_some_and(|backlog| backlog.own >= OWN_MAX)
     }
 
     /// How much memory its bytes take.
