@@ -8,6 +8,7 @@ use std::{
 };
 
 use midspan_core::{close::CloseReason, problem::ProblemKind};
+use serde_json::Value;
 use testkit::{Relay, binary};
 
 #[test]
@@ -117,6 +118,102 @@ async fn the_table_of_metrics_is_the_programs() {
         writeln!(table, "| `{name}` | {kind} | {help} |").unwrap();
     }
     section_is("operations.md", "metrics", &table);
+}
+
+#[test]
+fn the_table_of_sizes_is_of_the_measured_costs() {
+    const LINKS: f64 = 1e6;
+    const STREAMS: f64 = 1e5;
+    const LIFE: f64 = 600.0;
+    // The defaults of --limit-device-links and --max-streams, and what a stream costs the store in its life.
+    const OF_REPLICA: f64 = 15_000.0;
+    const OF_EDGE: f64 = 8_000.0;
+    const TRIPS: f64 = 5.0;
+    // What all replicas share.
+    const SWEEP: f64 = 129.0;
+    const GIGABIT: f64 = 1e9 / 8.0 / (1 << 30) as f64;
+
+    let results = path("../benches/results/scale.json");
+    let scale: Value = serde_json::from_str(&fs::read_to_string(results).unwrap()).unwrap();
+    let link = |name: &str| scale["links"][name].as_f64().unwrap();
+    let median = |series: &Value, variant: &str, figure: &str| {
+        let series = series.as_array().unwrap().iter().find(|series| series["variant"] == variant).unwrap();
+        let mut all: Vec<_> =
+            series["rounds"].as_array().unwrap().iter().map(|one| one[figure].as_f64().unwrap()).collect();
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    let opened = |variant: &str| median(&scale["setup"], variant, "open");
+    let moved = |variant: &str| median(&scale["relay"][0]["series"], variant, "relay_cpu");
+    let (replicas, edges, new) = ((LINKS / OF_REPLICA).ceil(), (STREAMS / OF_EDGE).ceil(), STREAMS / LIFE);
+    let ways = [
+        ("one edge", "midspan-tls"),
+        ("four, straight", "edges4-straight"),
+        ("four, passed on", "edges4-passed"),
+        ("four, forwarded", "edges4-forwarded"),
+    ];
+    let each = |what: &dyn Fn(&str) -> f64| {
+        ways.map(|(name, variant)| format!("{name} {:.2}", what(variant))).join("; ")
+    };
+
+    let mut table = "| what | from | comes to |\n|---|---|---|\n".to_owned();
+    let mut row = |what: &str, from: String, comes_to: String| {
+        writeln!(table, "| {what} | {from} | {comes_to} |").unwrap()
+    };
+    row("control replicas", "15,000 links each".into(), format!("{replicas}"));
+    row(
+        "memory of a full one",
+        format!("{:.1} KiB a link", link("user")),
+        format!("{:.0} MiB", link("user") * OF_REPLICA / 1024.0),
+    );
+    row(
+        "its CPU at rest",
+        format!("{:.0} us a link and minute", link("idle")),
+        format!("{:.2} cores", link("idle") * OF_REPLICA / 60e6),
+    );
+    row(
+        "taking over the links of one that is lost",
+        format!("{:.0} us a link", link("open")),
+        format!("{:.1} s of CPU, spread over the others", link("open") * OF_REPLICA / 1e6),
+    );
+    row("edges", "8,000 streams each".into(), format!("{edges}"));
+    row("new streams", "one in ten minutes for each that stands".into(), format!("{new:.0} a second"));
+    row(
+        "all edges' CPU for them, in cores",
+        "opening one, both legs".into(),
+        each(&|variant| opened(variant) * new / 1e6),
+    );
+    row(
+        "all edges' CPU for each Gbit/s of payload, in cores",
+        "16 KiB messages".into(),
+        each(&|variant| moved(variant) * GIGABIT),
+    );
+    row(
+        "all replicas' CPU for new streams",
+        format!("{:.0} us a request", link("handshake")),
+        format!("{:.2} cores", link("handshake") * new / 1e6),
+    );
+    row(
+        "the store's memory",
+        format!("{:.2} KiB a link, {:.2} KiB a stream", link("store"), link("handshake_memory")),
+        format!("{:.1} GiB", (link("store") * LINKS + link("handshake_memory") * STREAMS) / 1024.0 / 1024.0),
+    );
+    row(
+        "round trips to the store",
+        format!("5 a stream, {:.0} a replica and second, the sweep", link("idle_trips") - SWEEP),
+        format!("{:.0} a second", TRIPS * new + replicas * (link("idle_trips") - SWEEP) + SWEEP),
+    );
+    row(
+        "the store's CPU for new streams, until the service has its answer",
+        format!("{:.0} us each", link("handshake_store")),
+        format!("{:.0} % of a core", link("handshake_store") * new / 1e4),
+    );
+    row(
+        "announcing all links again to a store that lost them: its CPU",
+        format!("{:.0} us a link", link("restore_store")),
+        format!("{:.0} s", link("restore_store") * LINKS / 1e6),
+    );
+    section_is("scaling.md", "sizes", &table);
 }
 
 #[test]
