@@ -158,7 +158,7 @@ fn the_table_of_sizes_is_of_the_measured_costs() {
 
     let mut table = "| what | from | comes to |\n|---|---|---|\n".to_owned();
     let mut row = |what: &str, from: String, comes_to: String| {
-        writeln!(table, "| {what} | {from} | {comes_to} |").unwrap()
+        writeln!(table, "| {what} | {from} | {comes_to} |").unwrap();
     };
     row("control replicas", "15,000 links each".into(), format!("{replicas}"));
     row(
