@@ -12,11 +12,16 @@ SECONDS = 160
 # Of an edge that goes down: what is tried does not depend on its length, but the test's length does.
 GRACE = 10
 API_SERVER_AWAY = 60
+# Of a control replica. Streams that an edge ended are all opened anew within seconds, beside the load's own.
+INITIATIONS = 1000
 
 
 def scenario(cluster, steps):
     release = the_release(cluster)
-    release.upgrade("--set", f"edge.drain.graceSeconds={GRACE}")
+    release.upgrade(
+        "--set", f"edge.drain.graceSeconds={GRACE}",
+        "--set-json", f'control.extraArgs=["--limit-initiations-per-second={INITIATIONS}"]',
+    )  # fmt: skip
     release.scale("edge", 1)
     with Load(release, "rolling.js", "changes", LOAD_DURATION=SECONDS, LOAD_GRACE=GRACE) as load:
         load.wait_for_streams()
