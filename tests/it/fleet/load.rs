@@ -18,7 +18,7 @@ use testkit::{
 use tokio::{
     sync::watch,
     task::JoinSet,
-    time::{Instant, MissedTickBehavior, interval, sleep},
+    time::{Instant, interval, sleep},
 };
 
 use crate::soak::setting;
@@ -484,7 +484,6 @@ impl Client {
     async fn constant(self, each_second: u32, go_on: watch::Receiver<bool>, mut random: Random) -> Tally {
         let mut streams = JoinSet::new();
         let mut ticks = interval(Duration::from_secs(1) / each_second);
-        ticks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         while *go_on.borrow() {
             ticks.tick().await;
             let (client, mut random) = (self.clone(), Random::new(random.number()));
