@@ -1,3 +1,5 @@
+//! The edge itself: what it is made of, what it serves, how it keeps its lease, and how it goes down.
+
 use std::{
     future::poll_fn,
     pin::pin,
