@@ -3,6 +3,7 @@ use std::{
     net::SocketAddr,
     path::{Path, PathBuf},
     process::ExitStatus,
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -19,11 +20,15 @@ use midspan_core::{
 use secrecy::ExposeSecret as _;
 use serde_json::{Value, json};
 use tempfile::TempDir;
-use tokio::{net::TcpStream, task::JoinSet};
+use tokio::{
+    net::TcpStream,
+    task::JoinSet,
+    time::{Instant, sleep},
+};
 
 use crate::{
-    Answer, DeviceLink, Joined, Leg, Metrics, Process, RawLeg, ServiceApi, Target, binary, eventually,
-    trusting, until, within,
+    Answer, DEADLINE, DeviceLink, Joined, Leg, Metrics, Process, RawLeg, ServiceApi, Target, binary,
+    eventually, trusting, until, within,
 };
 
 /// A relay in a process of its own, `midspand dev`, on free ports of the loopback interface.
@@ -258,10 +263,10 @@ impl Relay {
                     return;
                 }
                 left = format!("{counts:?}");
-                tokio::time::sleep(std::time::Duration::from_millis(20)).await;
+                sleep(Duration::from_millis(20)).await;
             }
         };
-        let in_time = tokio::time::timeout(crate::DEADLINE, quiet).await;
+        let in_time = tokio::time::timeout(DEADLINE, quiet).await;
         assert!(in_time.is_ok(), "left behind: {left}");
     }
 
@@ -274,8 +279,19 @@ impl Relay {
 
     /// Waits until the relay runs no more tasks, and has no more files and sockets open, than before.
     pub async fn shrinks_to(&self, (tasks, files): (i64, usize)) {
-        eventually("no task is left running", || async { self.tasks().await <= tasks }).await;
-        eventually("no file is left open", || async { self.open_files() <= files }).await;
+        let (mut left, mut open) = (tasks, files);
+        let end = Instant::now() + DEADLINE;
+        while Instant::now() < end {
+            (left, open) = (self.tasks().await, self.open_files());
+            if left <= tasks && open <= files {
+                return;
+            }
+            sleep(Duration::from_millis(50)).await;
+        }
+        panic!(
+            "{left} tasks and {open} files are left, {tasks} and {files} were there before:\n{}",
+            self.log()
+        );
     }
 
     /// The relay's resident memory in KiB.
@@ -366,6 +382,6 @@ async fn until_dead(process: &Process) {
         if stat.rsplit_once(')').is_none_or(|(_, rest)| rest.trim_start().starts_with('Z')) {
             return;
         }
-        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        sleep(Duration::from_millis(50)).await;
     }
 }

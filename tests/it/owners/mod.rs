@@ -159,5 +159,5 @@ async fn an_edge_that_the_url_cannot_name_gives_a_clear_error() {
     let _link = relay.device("dev1").await;
     let problem = relay.service().open("dev1").await.problem(500, "internal");
     assert!(problem.detail.contains("Edge_0"), "{}", problem.detail);
-    assert!(relay.log().contains("--edge-url"));
+    eventually("the log names the flag", async || relay.log().contains("--edge-url")).await;
 }
