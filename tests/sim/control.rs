@@ -81,7 +81,7 @@ pub(crate) struct Control {
     store: Arc<SimClient>,
     renewed: Cell<bool>,
     forgotten: Cell<bool>,
-    ended_links: RefCell<Ends<(DeviceAddress, u64)>>,
+    ended_links: RefCell<Ends<(DeviceAddress, Option<u64>)>>,
     draining: Cell<bool>,
 }
 
@@ -259,7 +259,7 @@ impl Control {
     /// A device's link, from its upgrade to its end.
     pub(crate) async fn run_link(self: Rc<Self>, number: usize, end: End<LinkMessage>) {
         let address = device(number);
-        let (mut registration, generation) = self.announce_link(&address).await;
+        let mut registration = self.announce_link(&address).await;
         let ended = self.serve_link(&mut registration, &end).await;
         match ended {
             Ended::Gone => registration.withdraw(),
@@ -276,12 +276,13 @@ impl Control {
                 registration.withdraw();
             }
         }
+        let generation = registration.generation();
         drop(registration);
         drop(end);
         self.link_down(address, generation).await;
     }
 
-    async fn announce_link(self: &Rc<Self>, address: &DeviceAddress) -> (Registration, u64) {
+    async fn announce_link(self: &Rc<Self>, address: &DeviceAddress) -> Registration {
         let _turn = self.links.turn(address).lock().await;
         let held = Held::new(self.world.sim.unix_milliseconds(self.skew));
         let registration = self.links.register(address, held);
@@ -291,12 +292,11 @@ impl Control {
             None
         };
         registration.set_generation(up.as_ref().map(|up| up.generation));
-        let generation = up.as_ref().map_or(held.generation, |up| up.generation);
         self.world.sim.say(|| format!("{address} has a link to {}: {up:?}", self.replica.name));
         if let Some(up) = up {
             self.tell_others(address, up);
         }
-        (registration, generation)
+        registration
     }
 
     async fn serve_link(&self, registration: &mut Registration, end: &End<LinkMessage>) -> Ended {
@@ -345,13 +345,32 @@ impl Control {
         let _ = sim.timeout(FAREWELL, farewell).await;
     }
 
-    async fn link_down(&self, address: DeviceAddress, generation: u64) {
-        let told = self.renewed.get() && self.ask(self.store.link_down(&address, generation)).await.is_ok();
+    async fn link_down(&self, address: DeviceAddress, generation: Option<u64>) {
+        let told = self.renewed.get() && self.take_down(&address, generation).await.is_ok();
+        self.world.sim.say(|| {
+            format!("{} takes link {generation:?} of {address} down; told: {told}", self.replica.name)
+        });
         let (mut ended, end) = (self.ended_links.borrow_mut(), (address, generation));
         if told {
             ended.told(end, self.world.sim.now());
         } else {
             ended.failed(end);
+        }
+    }
+
+    async fn take_down(&self, address: &DeviceAddress, generation: Option<u64>) -> Result<(), StoreError> {
+        let generation = if generation.is_some() {
+            generation
+        } else {
+            let _turn = self.links.turn(address).lock().await;
+            let recorded =
+                if self.links.has(address) { None } else { self.ask(self.store.link(address)).await? };
+            let here = recorded.filter(|link| link.replica.incarnation == self.replica.incarnation);
+            here.map(|link| link.generation)
+        };
+        match generation {
+            Some(generation) => self.ask(self.store.link_down(address, generation)).await,
+            None => Ok(()),
         }
     }
 
@@ -372,9 +391,9 @@ impl Control {
                 accepts,
                 load: self.links.count() as u64,
             };
-            let renewed = self.ask(self.store.renew(&lease)).await;
-            self.renewed.set(renewed.is_ok());
-            if let Ok(renewal) = renewed {
+            let renewed = self.world.renew(self.host, &self.store, &lease, STORE_LIMIT).await;
+            self.renewed.set(renewed.is_some());
+            if let Some(renewal) = renewed {
                 if renewal.forgotten {
                     self.forgotten.set(true);
                 }
@@ -394,33 +413,61 @@ impl Control {
             if !self.renewed.get() {
                 continue;
             }
-            let forgotten = self.forgotten.replace(false);
-            let mut links = self.links.to_announce(forgotten);
-            links.sort_by(|(a, _), (b, _)| a.cmp(b));
-            if !links.is_empty() {
-                let record = |(address, held): &(DeviceAddress, Held)| {
-                    let replica = self.replica.clone();
-                    (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
-                };
-                let records: Vec<_> = links.iter().map(record).collect();
-                match self.ask(self.store.restore_links(&records)).await {
-                    Err(_) => self.forgotten.set(self.forgotten.get() || forgotten),
-                    Ok(newer) => {
-                        for (address, held) in links {
-                            if newer.contains(&address) {
-                                self.links.dismiss(&address, held, GoodbyeReason::Draining);
-                            } else if !self.links.announced(&address, held) {
-                                self.link_down(address, held.generation).await;
-                            }
-                        }
-                    }
+            let mut late = self.links.unannounced();
+            late.sort_by(|(a, _), (b, _)| a.cmp(b));
+            for (address, held) in late {
+                if self.announce_late(&address, held).await.is_err() {
+                    break;
                 }
+            }
+            if self.forgotten.replace(false) && self.announce_again().await.is_err() {
+                self.forgotten.set(true);
             }
             let ended = self.ended_links.borrow_mut().take(usize::MAX);
             for (address, generation) in ended {
                 self.link_down(address, generation).await;
             }
         }
+    }
+
+    async fn announce_late(self: &Rc<Self>, address: &DeviceAddress, held: Held) -> Result<(), StoreError> {
+        let _turn = self.links.turn(address).lock().await;
+        if !self.links.holds(address, held) {
+            return Ok(());
+        }
+        let up = self.ask(self.store.link_up_late(address, &self.replica, held.generation)).await;
+        self.world.sim.say(|| format!("{} announces {address} late: {up:?}", self.replica.name));
+        match up? {
+            Some(up) => {
+                if !self.links.announced_late(address, held, up.generation) {
+                    self.link_down(address.clone(), Some(up.generation)).await;
+                }
+                self.tell_others(address, up);
+            }
+            None => self.links.dismiss(address, held, GoodbyeReason::Draining),
+        }
+        Ok(())
+    }
+
+    async fn announce_again(&self) -> Result<(), StoreError> {
+        let mut links = self.links.announced();
+        links.sort_by(|(a, _), (b, _)| a.cmp(b));
+        let record = |(address, held): &(DeviceAddress, Held)| {
+            let replica = self.replica.clone();
+            (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
+        };
+        let records: Vec<_> = links.iter().map(record).collect();
+        let newer = self.ask(self.store.restore_links(&records)).await;
+        self.world.sim.say(|| format!("{} announces its links again: {newer:?}", self.replica.name));
+        let newer = newer?;
+        for (address, held) in links {
+            if newer.contains(&address) {
+                self.links.dismiss(&address, held, GoodbyeReason::Draining);
+            } else if !self.links.holds(&address, held) {
+                self.link_down(address, Some(held.generation)).await;
+            }
+        }
+        Ok(())
     }
 
     async fn sweep(self: Rc<Self>) {

@@ -342,7 +342,7 @@ impl Edge {
             let (load, accepts) = (half_open + joined, !self.draining.get());
             let (role, owner) = (ServerRole::Edge, self.owner.clone());
             let lease = Lease { role, owner, accepts, load: load as u64, passed: None };
-            if let Some(Ok(renewal)) = self.ask(self.store.renew(&lease)).await {
+            if let Some(renewal) = self.world.renew(self.host, &self.store, &lease, STORE_LIMIT).await {
                 let owed = self.announcements.borrow_mut().renewed(renewal, self.world.sim.now());
                 if owed {
                     self.announcements.borrow_mut().restored();

@@ -30,14 +30,11 @@ use std::{
 
 use crate::{
     run::{Counts, run},
-    world::{Rule, Sabotage},
+    world::Sabotage,
 };
 
 /// As many as take some ten seconds without optimisation. `make test-long` runs 100,000.
 const SEEDS: u64 = 500;
-
-/// In one of so many seeds the lists may say what is not so, see [`Rule::is_strict`]: it was 8 of 100,000.
-const ONE_IN: u64 = 5000;
 
 /// In how many seeds it must show that something is taken out.
 const FEW: u64 = 2000;
@@ -67,16 +64,9 @@ fn the_rules_hold() {
     });
     let (sums, failures) = (sums.into_inner().unwrap(), failures.into_inner().unwrap());
     println!("{seeds} seeds in {:.1} s: {sums:?}", begun.elapsed().as_secs_f64());
-    if let Some((seed, rule)) = failures.iter().find(|(_, rule)| rule.is_none_or(Rule::is_strict)) {
-        panic!("{rule:?} is broken; {}", replay(*seed));
+    if let Some((seed, rule)) = failures.first() {
+        panic!("{} of {seeds} seeds break a rule, the first one {rule:?}; {}", failures.len(), replay(*seed));
     }
-    let most = usize::try_from(seeds / ONE_IN).unwrap();
-    assert!(
-        failures.len() <= most,
-        "{} of {seeds} seeds break a rule; {}",
-        failures.len(),
-        replay(failures[0].0)
-    );
     let Counts { granted, refused, joined, forwarded, .. } = sums;
     assert!([granted, refused, joined, forwarded].iter().all(|&count| count >= seeds / 2), "{sums:?}");
 }

@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use async_trait::async_trait;
@@ -119,6 +119,34 @@ impl SimClient {
         self.ends().failed((stream, end));
     }
 
+    /// A renewal sets out.
+    pub(crate) fn renews(&self, lease: &Lease) -> Instant {
+        let began = (self.store.clock)().now;
+        self.seen_by_incarnation().entry(lease.owner.incarnation).or_default().renews(began);
+        began
+    }
+
+    /// What the server does, and answers.
+    pub(crate) fn take_renewal(&self, lease: &Lease) -> Result<Look, StoreError> {
+        let renewal = self.ask(|records, now| records.renew(lease, now))?;
+        let server = self.store.state().server.to_string().into();
+        Ok(Look { server: Some(server), lapsed: renewal.forgotten, ..Look::default() })
+    }
+
+    /// The answer has come.
+    pub(crate) fn renewed(&self, lease: &Lease, look: Look, began: Instant) -> Renewal {
+        let now = (self.store.clock)().now;
+        let mut seen_by_incarnation = self.seen_by_incarnation();
+        let seen = seen_by_incarnation.entry(lease.owner.incarnation).or_default();
+        let forgotten = seen.renewed(look, self.store.timing.lease, began, now);
+        self.ends().renewed(forgotten, now);
+        Renewal { forgotten }
+    }
+
+    fn seen_by_incarnation(&self) -> MutexGuard<'_, HashMap<Incarnation, Seen>> {
+        self.seen_by_incarnation.lock().unwrap()
+    }
+
     fn ends(&self) -> MutexGuard<'_, Ends<(StreamId, StreamState)>> {
         self.ends.lock().unwrap()
     }
@@ -182,18 +210,9 @@ impl Rendezvous for SimClient {
     }
 
     async fn renew(&self, lease: &Lease) -> Result<Renewal, StoreError> {
-        let began = (self.store.clock)().now;
-        let incarnation = lease.owner.incarnation;
-        self.seen_by_incarnation.lock().unwrap().entry(incarnation).or_default().renews(began);
-        let renewal = self.ask(|records, now| records.renew(lease, now))?;
-        let server = self.store.state().server.to_string().into();
-        let look = Look { server: Some(server), lapsed: renewal.forgotten, ..Look::default() };
-        let mut seen_by_incarnation = self.seen_by_incarnation.lock().unwrap();
-        let seen = seen_by_incarnation.entry(incarnation).or_default();
-        let now = (self.store.clock)().now;
-        let forgotten = seen.renewed(look, self.store.timing.lease, began, now);
-        self.ends().renewed(forgotten, now);
-        Ok(Renewal { forgotten })
+        let began = self.renews(lease);
+        let look = self.take_renewal(lease)?;
+        Ok(self.renewed(lease, look, began))
     }
 
     async fn withdraw(&self, role: ServerRole, owner: &Owner) -> Result<(), StoreError> {
@@ -206,6 +225,15 @@ impl Rendezvous for SimClient {
 
     async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError> {
         self.ask(|records, now| records.link_up(device, replica, now))
+    }
+
+    async fn link_up_late(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+    ) -> Result<Option<LinkUp>, StoreError> {
+        self.ask(|records, now| records.link_up_late(device, replica, assumed, now))
     }
 
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {

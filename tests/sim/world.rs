@@ -15,7 +15,7 @@ use midspan_core::{
     key::Key,
     ticket::{Owner, TicketKeys},
 };
-use midspan_platform::rendezvous::{ServerRole, StoreError, StoreFailure, Timing};
+use midspan_platform::rendezvous::{Lease, Renewal, ServerRole, StoreError, StoreFailure, Timing};
 
 use crate::{
     control::Control,
@@ -23,7 +23,7 @@ use crate::{
     executor::{Life, Sim},
     network::{Host, Network, delay},
     run::Counts,
-    store::SimStore,
+    store::{SimClient, SimStore},
 };
 
 /// From the request for a stream until its legs are joined.
@@ -79,15 +79,6 @@ pub(crate) enum Rule {
     Lists,
     /// A device with a link is not told to be offline.
     Online,
-}
-
-impl Rule {
-    /// Whether not one seed may break it. What the lists say can still go wrong where several faults meet: when a device moves
-    /// twice while the store is away, between replicas whose clocks are apart; when the answer that would have given a link its
-    /// generation is lost, and the device goes; when what is announced again arrives behind the end of it.
-    pub(crate) fn is_strict(self) -> bool {
-        !matches!(self, Self::Lists | Self::Online)
-    }
 }
 
 /// A process of the relay.
@@ -276,6 +267,20 @@ impl World {
         let answer = step.now_or_never().unwrap();
         self.sim.sleep(delay(&self.sim)).await;
         answer
+    }
+
+    /// Renews a lease; nothing when no answer comes in time. What came of it is seen where the answer arrives, not before.
+    pub(crate) async fn renew(
+        &self,
+        host: Host,
+        store: &SimClient,
+        lease: &Lease,
+        limit: Duration,
+    ) -> Option<Renewal> {
+        let began = store.renews(lease);
+        let step = async { store.take_renewal(lease) };
+        let look = self.sim.timeout(limit, self.ask_store(host, step)).await?.ok()?;
+        Some(store.renewed(lease, look, began))
     }
 
     /// A stream is asked for.

@@ -6,6 +6,7 @@ use std::{
     time::Duration,
 };
 
+use futures_util::{TryStreamExt as _, stream};
 use midspan_core::{
     credential::Credentials,
     id::DeviceAddress,
@@ -23,7 +24,7 @@ use midspan_platform::{
     lifecycle::Lifecycle,
     metrics::Metrics,
     owners::Owners,
-    rendezvous::{Ends, Lease, LinkRecord, Rendezvous, ServerRole, Timing},
+    rendezvous::{Ends, Lease, LinkRecord, Rendezvous, ServerRole, StoreError, Timing},
     secrets::Secrets,
     watched::Watched,
 };
@@ -34,7 +35,13 @@ use tokio::{
 use tracing::{info, info_span, warn};
 
 use crate::{
-    ControlSettings, api::in_time, balance, device::Links, metrics::ControlMetrics, rates::Rates, view::View,
+    ControlSettings,
+    api::in_time,
+    balance,
+    device::{Held, Links},
+    metrics::ControlMetrics,
+    rates::Rates,
+    view::View,
 };
 
 /// The control plane of one process.
@@ -62,7 +69,7 @@ pub struct Control {
     /// Whether the store has to be told of all links again.
     forgotten: AtomicBool,
     /// Ends of links that the store could not be told of, or may have forgotten.
-    ended_links: Mutex<Ends<(DeviceAddress, u64)>>,
+    ended_links: Mutex<Ends<(DeviceAddress, Option<u64>)>>,
 }
 
 /// What a control plane is made of.
@@ -111,6 +118,9 @@ const TELL: Duration = Duration::from_millis(100);
 
 /// How many links the store is told of at a time.
 const BATCH: usize = 500;
+
+/// How many links are announced late at the same time.
+const LATE_AT_ONCE: usize = 64;
 
 /// The pause between two batches, so that the store is not kept from everything else.
 const BATCH_PAUSE: Duration = Duration::from_millis(20);
@@ -200,9 +210,8 @@ impl Control {
     }
 
     /// Tells the store that a link has ended, now or once it answers.
-    pub(crate) async fn link_down(&self, address: DeviceAddress, generation: u64) {
-        let told =
-            async { self.store_answers() && self.rendezvous.link_down(&address, generation).await.is_ok() };
+    pub(crate) async fn link_down(&self, address: DeviceAddress, generation: Option<u64>) {
+        let told = async { self.store_answers() && self.take_down(&address, generation).await.is_ok() };
         let told = timeout(STORE_LIMIT, told).await.unwrap_or(false);
         let (mut ended, end) = (self.ended_links(), (address, generation));
         if told {
@@ -212,8 +221,25 @@ impl Control {
         }
     }
 
-    fn ended_links(&self) -> MutexGuard<'_, Ends<(DeviceAddress, u64)>> {
+    fn ended_links(&self) -> MutexGuard<'_, Ends<(DeviceAddress, Option<u64>)>> {
         self.ended_links.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes down the link of this generation; without one, what the store may have recorded although its answer was lost.
+    async fn take_down(&self, address: &DeviceAddress, generation: Option<u64>) -> Result<(), StoreError> {
+        let generation = if generation.is_some() {
+            generation
+        } else {
+            let _turn = self.links.turn(address).lock().await;
+            // The announcement of a newer one takes its place.
+            let recorded = if self.links.has(address) { None } else { self.rendezvous.link(address).await? };
+            let here = recorded.filter(|link| link.replica.incarnation == self.replica.incarnation);
+            here.map(|link| link.generation)
+        };
+        match generation {
+            Some(generation) => self.rendezvous.link_down(address, generation).await,
+            None => Ok(()),
+        }
     }
 
     /// Writes the activity record of a stream that ended without its owner knowing of it.
@@ -292,36 +318,61 @@ impl Control {
             if !self.store_answers() {
                 continue;
             }
-            let forgotten = self.forgotten.swap(false, Ordering::Relaxed);
-            let links = self.links.to_announce(forgotten);
-            if !links.is_empty() {
-                info!(links = links.len(), "links are announced again");
-            }
-            for batch in links.chunks(BATCH) {
-                let record = |(address, held): &(DeviceAddress, crate::device::Held)| {
-                    let replica = self.replica.clone();
-                    (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
-                };
-                let records: Vec<_> = batch.iter().map(record).collect();
-                let Ok(newer) = in_time(self.rendezvous.restore_links(&records)).await else {
-                    self.forgotten.fetch_or(forgotten, Ordering::Relaxed);
-                    break;
-                };
-                for (address, held) in batch {
-                    if newer.contains(address) {
-                        // Should this be the device's newest link after all, it comes back at once.
-                        self.links.dismiss(address, *held, GoodbyeReason::Draining);
-                    } else if !self.links.announced(address, *held) {
-                        self.link_down(address.clone(), held.generation).await;
-                    }
-                }
-                tokio::time::sleep(BATCH_PAUSE).await;
+            let unannounced = stream::iter(self.links.unannounced().into_iter().map(Ok));
+            let announce = |(address, held)| self.announce_late(address, held);
+            // What fails is tried again in the next round.
+            let _ = unannounced.try_for_each_concurrent(LATE_AT_ONCE, announce).await;
+            if self.forgotten.swap(false, Ordering::Relaxed) && self.announce_again().await.is_err() {
+                self.forgotten.store(true, Ordering::Relaxed);
             }
             let ended = self.ended_links().take(usize::MAX);
             for (address, generation) in ended {
                 self.link_down(address, generation).await;
             }
         }
+    }
+
+    /// Announces a link that the store has not heard of, or has not said so.
+    async fn announce_late(&self, address: DeviceAddress, held: Held) -> Result<(), Problem> {
+        let _turn = self.links.turn(&address).lock().await;
+        if !self.links.holds(&address, held) {
+            return Ok(());
+        }
+        match in_time(self.rendezvous.link_up_late(&address, &self.replica, held.generation)).await? {
+            Some(up) => {
+                if !self.links.announced_late(&address, held, up.generation) {
+                    self.link_down(address.clone(), Some(up.generation)).await;
+                }
+                self.tell_others(&address, up);
+            }
+            // Should this be the device's newest link after all, it comes back at once.
+            None => self.links.dismiss(&address, held, GoodbyeReason::Draining),
+        }
+        Ok(())
+    }
+
+    /// Tells a store that has forgotten of the links that it had been told of.
+    async fn announce_again(&self) -> Result<(), Problem> {
+        let links = self.links.announced();
+        info!(links = links.len(), "links are announced again");
+        for batch in links.chunks(BATCH) {
+            let record = |(address, held): &(DeviceAddress, Held)| {
+                let replica = self.replica.clone();
+                (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
+            };
+            let records: Vec<_> = batch.iter().map(record).collect();
+            let newer = in_time(self.rendezvous.restore_links(&records)).await?;
+            for (address, held) in batch {
+                if newer.contains(address) {
+                    // Likewise.
+                    self.links.dismiss(address, *held, GoodbyeReason::Draining);
+                } else if !self.links.holds(address, *held) {
+                    self.link_down(address.clone(), Some(held.generation)).await;
+                }
+            }
+            tokio::time::sleep(BATCH_PAUSE).await;
+        }
+        Ok(())
     }
 
     async fn watch_pods(self: Arc<Self>, mut pods: Watched<Pods>) {

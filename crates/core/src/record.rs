@@ -83,6 +83,11 @@ impl StreamEnd {
     pub fn unused(reason: CloseReason, ended: UnixTime) -> Self {
         Self { reason, ended, bytes_to_device: 0, bytes_to_service: 0 }
     }
+
+    /// Whether nobody has seen it.
+    pub fn is_assumed(&self) -> bool {
+        self.reason == CloseReason::EdgeLost
+    }
 }
 
 impl StreamRecord {
@@ -93,12 +98,20 @@ impl StreamRecord {
 
     /// Moves the record on. A step back, or out of an end, is ignored: messages about a stream may overtake each
     /// other. Says whether the record changed.
+    ///
+    /// That its edge was lost is only assumed: it gives way to an end that somebody has seen.
     pub fn advance(&mut self, next: StreamState) -> bool {
         let forward = next.rank() > self.state.rank();
-        if forward {
+        let seen = self.is_thought_lost() && matches!(&next, StreamState::Ended(end) if !end.is_assumed());
+        if forward || seen {
             self.state = next;
         }
-        forward
+        forward || seen
+    }
+
+    /// Whether the stream is over only because its edge has not been heard of.
+    pub fn is_thought_lost(&self) -> bool {
+        matches!(&self.state, StreamState::Ended(end) if end.is_assumed())
     }
 }
 
@@ -117,6 +130,18 @@ mod tests {
         assert!(!record.advance(StreamState::Joined { joined: UnixTime(4) }));
         assert!(!record.advance(StreamState::Ended(StreamEnd::unused(CloseReason::Idle, UnixTime(9)))));
         assert_eq!(record.state, end);
+    }
+
+    #[test]
+    fn an_assumed_end_gives_way_to_one_that_was_seen() {
+        let mut record = record();
+        let end = |reason| StreamState::Ended(StreamEnd::unused(reason, UnixTime(5)));
+        assert!(record.advance(end(CloseReason::EdgeLost)));
+        assert!(!record.advance(StreamState::Joined { joined: UnixTime(4) }));
+        assert!(!record.advance(end(CloseReason::EdgeLost)));
+        assert!(record.advance(end(CloseReason::ServiceClosed)));
+        assert!(!record.advance(end(CloseReason::EdgeLost)));
+        assert_eq!(record.state, end(CloseReason::ServiceClosed));
     }
 
     #[test]

@@ -2,7 +2,10 @@
 
 use std::time::Duration;
 
-use midspan_core::{close::CloseReason, record::StreamState};
+use midspan_core::{
+    close::CloseReason,
+    record::{StreamEnd, StreamState},
+};
 use midspan_platform::rendezvous::{
     CreateError, Lease, LinkRecord, Rendezvous, ServerRole, StoreFailure, StreamLimits, Timing,
 };
@@ -137,6 +140,32 @@ async fn a_server_that_stands_still_is_not_waited_for() {
         store.stream(id(1)).await.is_ok_and(|found| found.unwrap().state == end)
     })
     .await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_deletion_that_is_told_late_is_given_once_to_be_recorded() {
+    let server = RedisServer::start(&[]);
+    let holder = Holder::start(&impatient(&server.url())).await;
+    let store = &holder.view.store;
+    store.create_stream(stream(2, "dev1"), WIDE).await.unwrap();
+    server.pause();
+    assert_eq!(holder.failure().await, StoreFailure::TimedOut);
+    let end = |reason| StreamEnd::unused(reason, NOW);
+    assert!(store.delete_stream(id(1), end(CloseReason::Deleted)).await.is_err());
+    // Who ends this one has recorded it.
+    let idle = StreamState::Ended(end(CloseReason::Idle));
+    assert!(store.advance_stream(id(2), idle).await.is_err());
+    server.resume();
+    let late =
+        until("the deletion is given", async || store.expire().await.ok().filter(|ended| !ended.is_empty()))
+            .await;
+    assert_eq!(late.iter().map(|record| record.stream).collect::<Vec<_>>(), [id(1)]);
+    assert_eq!(late[0].state, StreamState::Ended(end(CloseReason::Deleted)));
+    eventually("both ends are told", async || {
+        store.streams(None, 10).await.is_ok_and(|streams| streams.is_empty())
+    })
+    .await;
+    assert_eq!(store.expire().await.unwrap(), []);
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]

@@ -208,11 +208,11 @@ async fn streams_of_a_lost_edge_end(stores: &impl Stores) {
         store.create_stream(of(n, edge), WIDE).await.unwrap();
     }
     store.advance_stream(id(2), StreamState::Joined { joined: NOW }).await.unwrap();
-    let ended = expire_two([&store, &other], &alive).await;
+    let over = expire_two([&store, &other], &alive).await;
     let mut both = [id(1), id(2)];
     both.sort();
-    assert_eq!(ended.iter().map(|record| record.stream).collect::<Vec<_>>(), both, "each is given once");
-    for record in ended {
+    assert_eq!(over.iter().map(|record| record.stream).collect::<Vec<_>>(), both, "each is given once");
+    for record in over {
         assert!(matches!(record.state, StreamState::Ended(end) if end.reason == CloseReason::EdgeLost));
     }
 
@@ -220,7 +220,16 @@ async fn streams_of_a_lost_edge_end(stores: &impl Stores) {
     assert!(store.renew(&lost).await.unwrap().forgotten);
     let joined = StreamRecord { state: StreamState::Joined { joined: NOW }, ..of(2, &lost) };
     store.restore_streams(std::slice::from_ref(&joined)).await.unwrap();
-    assert_eq!(other.stream(id(2)).await.unwrap(), Some(joined));
+    assert_eq!(other.stream(id(2)).await.unwrap().as_ref(), Some(&joined));
+
+    // What the edge knows of an end counts more than that it was thought lost, and comes last, although it may be overtaken.
+    let closed = ended(CloseReason::ServiceClosed);
+    let true_end = store.advance_stream(id(1), closed.clone()).await.unwrap();
+    assert_eq!(true_end, None, "its places are free, and its end is recorded");
+    store.restore_streams(&[StreamRecord { state: joined.state, ..of(1, &lost) }]).await.unwrap();
+    assert_eq!(store.stream(id(1)).await.unwrap().unwrap().state, closed);
+    let limits = StreamLimits { per_device: 3, per_service: 3, per_relay: 3 };
+    store.create_stream(of(4, &alive), limits).await.unwrap();
 }
 
 async fn streams_are_announced_again(stores: &impl Stores) {
@@ -324,6 +333,28 @@ async fn links_are_announced_again(stores: &impl Stores) {
     assert_eq!(store.links(None, 10).await.unwrap().len(), 2);
     // Also over a store whose clock is behind.
     assert!(store.link_up(&address("forgotten"), &replica).await.unwrap().generation > ahead);
+}
+
+async fn links_are_announced_late(stores: &impl Stores) {
+    let [store] = stores.open(Timing::default()).await;
+    let (device, [first, second]) = (address("dev1"), [owner("control-0", 1), owner("control-1", 2)]);
+    let late = async |replica, assumed| store.link_up_late(&device, replica, assumed).await.unwrap();
+    let older = late(&first, 1).await.unwrap();
+    assert_eq!(older.replaced, None);
+    assert!(older.generation > 1_000_000, "it is the store that gives generations");
+    assert_eq!(late(&second, older.generation - 1).await, None, "the other replica's link is newer");
+    let newer = late(&second, older.generation).await.unwrap();
+    assert_eq!(
+        newer.replaced.map(|link| (link.replica, link.generation)),
+        Some((first.clone(), older.generation))
+    );
+    // One whose announcement was not answered may stand in its own way.
+    let again = late(&second, 1).await.unwrap();
+    assert!(again.generation > newer.generation);
+    assert_eq!(store.link(&device).await.unwrap().unwrap().generation, again.generation);
+    assert_eq!(store.links(None, 10).await.unwrap().len(), 1);
+    store.link_down(&device, again.generation).await.unwrap();
+    assert!(late(&owner("control-2", 3), 1).await.is_some(), "nobody holds a link");
 }
 
 async fn links_of_a_lost_replica_go(stores: &impl Stores) {
@@ -483,6 +514,7 @@ suites! {
         who_waits_for_a_device_is_named,
         links_are_ordered_and_paged,
         links_are_announced_again,
+        links_are_announced_late,
         links_of_a_lost_replica_go,
         a_thousand_at_once_keep_the_limit,
     ]

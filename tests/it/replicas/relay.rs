@@ -525,6 +525,15 @@ impl Rendezvous for Store {
         self.trip()?.link_up(device, replica).await
     }
 
+    async fn link_up_late(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+    ) -> Result<Option<LinkUp>, StoreError> {
+        self.trip()?.link_up_late(device, replica, assumed).await
+    }
+
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
         let memory = self.trip()?;
         let link = memory.link(device).await?;

@@ -8,7 +8,7 @@ use midspan_core::{
     id::StreamId,
     path::PageQuery,
     problem::{Problem, ProblemKind},
-    record::{StreamEnd, StreamRecord, StreamState},
+    record::{StreamEnd, StreamRecord},
 };
 use midspan_platform::{
     clock,
@@ -62,8 +62,8 @@ impl Control {
             return Err(Problem::new(ProblemKind::Unavailable, detail));
         }
         // Where a leg had come, its owner has recorded the end by now, and this changes nothing.
-        let end = StreamState::Ended(StreamEnd::unused(reason, clock::unix()));
-        if let Some(record) = in_time(self.rendezvous.advance_stream(record.stream, end)).await? {
+        let end = StreamEnd::unused(reason, clock::unix());
+        if let Some(record) = in_time(self.rendezvous.delete_stream(record.stream, end)).await? {
             self.record_end(&record);
         }
         Ok(empty(StatusCode::NO_CONTENT))

@@ -100,42 +100,42 @@ impl Control {
         let mut socket =
             WebSocketStream::from_partially_read(connection, early.into(), Role::Server, Some(config)).await;
         let _counted = Counted::new(&self.metrics.device_links);
-        let mut link = self.announce_link(&device.address).await;
+        let mut registration = self.announce_link(&device.address).await;
         info!("device connected");
         // The deny list may have changed since the credential was checked.
         let end = if self.secrets.deny.current().has_device(&device.address) {
             End::Goodbye(GoodbyeReason::Revoked)
         } else {
-            self.serve_link(&device, &mut link.registration, &mut socket).await
+            self.serve_link(&device, &mut registration, &mut socket).await
         };
         match end {
             End::Gone(why) => {
-                link.registration.withdraw();
+                registration.withdraw();
                 info!(why, "device disconnected");
             }
             End::Goodbye(reason) => {
-                link.registration.withdraw();
+                registration.withdraw();
                 info!(reason = reason.label(), "device link closed by the relay");
                 self.metrics.goodbye(reason);
-                self.say_goodbye(&link.registration, &mut socket, reason).await;
+                self.say_goodbye(&registration, &mut socket, reason).await;
             }
             End::Moved => {
                 // Who asked here is answered here, for as long as that may take.
-                link.registration.unlist();
+                registration.unlist();
                 info!("device moved to another link");
-                self.close_in_good_order(&link.registration, &mut socket, GoodbyeReason::Draining, MOVED)
-                    .await;
-                link.registration.withdraw();
+                self.close_in_good_order(&registration, &mut socket, GoodbyeReason::Draining, MOVED).await;
+                registration.withdraw();
             }
         }
-        drop(link.registration);
-        self.link_down(device.address, link.generation).await;
+        let generation = registration.generation();
+        drop(registration);
+        self.link_down(device.address, generation).await;
     }
 
     /// Registers a new link here and in the store, and tells the replicas that wait for it or hold an older one.
     ///
     /// A store that does not answer is told later: what holds the link is its connection.
-    async fn announce_link(&self, address: &DeviceAddress) -> Announced {
+    async fn announce_link(&self, address: &DeviceAddress) -> Registration {
         // Two links of one device get their generations in the order in which they replace each other.
         let _turn = self.links.turn(address).lock().await;
         let held = Held::new(clock::unix_milliseconds());
@@ -149,12 +149,11 @@ impl Control {
             None
         };
         registration.set_generation(up.as_ref().map(|up| up.generation));
-        let generation = up.as_ref().map_or(held.generation, |up| up.generation);
         match up {
             Some(up) => self.tell_others(address, up),
             None => warn!("a link could not be announced; it will be, once the store answers"),
         }
-        Announced { registration, generation }
+        registration
     }
 
     async fn serve_link(&self, device: &DeviceIdentity, link: &mut Registration, socket: &mut Socket) -> End {
@@ -300,12 +299,6 @@ impl Control {
         // A device that does not listen is dropped all the same.
         let _ = timeout(FAREWELL, farewell).await;
     }
-}
-
-/// A link that is registered.
-struct Announced {
-    registration: Registration,
-    generation: u64,
 }
 
 /// What a device is told that is to open another link.

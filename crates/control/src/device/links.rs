@@ -3,7 +3,7 @@
 use std::{
     collections::HashMap,
     hash::{DefaultHasher, Hash as _, Hasher as _},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
 };
 
 use midspan_core::{
@@ -37,6 +37,7 @@ struct Handle {
     serial: u64,
     held: Held,
     standing: Standing,
+    given: Arc<OnceLock<u64>>,
     invitations: mpsc::Sender<Invitation>,
     order: watch::Sender<Stay>,
     gone: CancellationToken,
@@ -105,6 +106,7 @@ pub struct Registration {
     told_to_move: bool,
     address: DeviceAddress,
     serial: u64,
+    given: Arc<OnceLock<u64>>,
     gone: CancellationToken,
     inner: Arc<Mutex<Inner>>,
 }
@@ -152,8 +154,16 @@ impl Links {
         let (sender, invitations) = mpsc::channel(INVITATIONS);
         let (order, orders) = watch::channel(Stay::Yes);
         let gone = CancellationToken::new();
-        let standing = Standing::New;
-        let handle = Handle { serial, held, standing, invitations: sender, order, gone: gone.clone() };
+        let (standing, given) = (Standing::New, Arc::default());
+        let handle = Handle {
+            serial,
+            held,
+            standing,
+            given: Arc::clone(&given),
+            invitations: sender,
+            order,
+            gone: gone.clone(),
+        };
         if let Some(older) = inner.link_by_device.insert(address.clone(), handle) {
             older.order.send_replace(Stay::No(GoodbyeReason::Replaced));
         }
@@ -164,6 +174,7 @@ impl Links {
             told_to_move: false,
             address: address.clone(),
             serial,
+            given,
             gone,
             inner: Arc::clone(&self.inner),
         }
@@ -224,26 +235,32 @@ impl Links {
         Some((link.held, link.standing == Standing::Announced))
     }
 
-    /// The links that the store has not been told of, or, if it has forgotten, also those that it had.
-    pub fn to_announce(&self, forgotten: bool) -> Vec<(DeviceAddress, Held)> {
+    /// The links that the store has given no generation: it could not be told, or its answer was lost.
+    pub fn unannounced(&self) -> Vec<(DeviceAddress, Held)> {
+        self.standing_so(Standing::Unannounced)
+    }
+
+    /// The links that the store knew when it was told of them.
+    pub fn announced(&self) -> Vec<(DeviceAddress, Held)> {
+        self.standing_so(Standing::Announced)
+    }
+
+    fn standing_so(&self, standing: Standing) -> Vec<(DeviceAddress, Held)> {
         let inner = self.lock();
-        let links = inner.link_by_device.iter().filter(|(_, link)| match link.standing {
-            Standing::New => false,
-            Standing::Announced => forgotten,
-            Standing::Unannounced => true,
-        });
+        let links = inner.link_by_device.iter().filter(|(_, link)| link.standing == standing);
         links.map(|(address, link)| (address.clone(), link.held)).collect()
     }
 
-    /// The store knows this link now. False when it is not here any more.
-    pub fn announced(&self, address: &DeviceAddress, held: Held) -> bool {
+    /// The store has given this link a generation after all. False when the link is not here any more.
+    pub fn announced_late(&self, address: &DeviceAddress, held: Held, generation: u64) -> bool {
         let mut inner = self.lock();
         let link = inner.link_by_device.get_mut(address).filter(|link| link.held == held);
-        if let Some(link) = link {
-            link.standing = Standing::Announced;
-            return true;
-        }
-        false
+        link.map(|link| link.announced(generation)).is_some()
+    }
+
+    /// Whether exactly this link is here.
+    pub fn holds(&self, address: &DeviceAddress, held: Held) -> bool {
+        self.lock().link_by_device.get(address).is_some_and(|link| link.held == held)
     }
 
     /// Says goodbye to one link.
@@ -317,6 +334,15 @@ impl Default for Links {
     }
 }
 
+impl Handle {
+    fn announced(&mut self, generation: u64) {
+        self.held.generation = generation;
+        self.standing = Standing::Announced;
+        // It is given once.
+        let _ = self.given.set(generation);
+    }
+}
+
 impl Inner {
     fn next_serial(&mut self) -> u64 {
         self.last_serial += 1;
@@ -359,13 +385,15 @@ impl Registration {
         let link = inner.link_by_device.get_mut(&self.address).filter(|link| link.serial == self.serial);
         if let Some(link) = link {
             match generation {
-                Some(generation) => {
-                    link.held.generation = generation;
-                    link.standing = Standing::Announced;
-                }
+                Some(generation) => link.announced(generation),
                 None => link.standing = Standing::Unannounced,
             }
         }
+    }
+
+    /// The generation that the store has given the link, once it has.
+    pub fn generation(&self) -> Option<u64> {
+        self.given.get().copied()
     }
 
     /// Takes an answer of the device. False when nobody waits for it.
@@ -532,14 +560,18 @@ mod tests {
         let links = Links::default();
         let (one, two) =
             (links.register(&dev1(), held(1)), links.register(&"dev2".parse().unwrap(), held(2)));
-        assert!(links.to_announce(true).is_empty(), "both are being told");
+        let dev2: DeviceAddress = "dev2".parse().unwrap();
+        assert!(links.unannounced().is_empty() && links.announced().is_empty(), "both are being told");
         one.set_generation(Some(7));
         two.set_generation(None);
-        assert_eq!(links.to_announce(false), [("dev2".parse().unwrap(), held(2))]);
-        assert_eq!(links.to_announce(true).len(), 2);
-        assert!(links.announced(&"dev2".parse().unwrap(), held(2)));
-        assert!(!links.announced(&dev1(), held(1)), "its generation is another one");
-        assert!(links.to_announce(false).is_empty());
+        assert_eq!(links.unannounced(), [(dev2.clone(), held(2))]);
+        assert_eq!(links.announced(), [(dev1(), held(7))]);
+        assert_eq!((one.generation(), two.generation()), (Some(7), None));
+        assert!(!links.announced_late(&dev1(), held(1), 9), "its generation is another one");
+        assert!(links.announced_late(&dev2, held(2), 9));
+        assert_eq!(two.generation(), Some(9));
+        assert!(links.holds(&dev2, held(9)) && !links.holds(&dev2, held(2)));
+        assert!(links.unannounced().is_empty());
     }
 
     #[tokio::test]

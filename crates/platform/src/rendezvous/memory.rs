@@ -96,6 +96,15 @@ impl Rendezvous for MemoryRendezvous {
         Ok(self.records().link_up(device, replica, now()))
     }
 
+    async fn link_up_late(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+    ) -> Result<Option<LinkUp>, StoreError> {
+        Ok(self.records().link_up_late(device, replica, assumed, now()))
+    }
+
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
         self.records().link_down(device, generation);
         Ok(())

@@ -19,7 +19,7 @@ use midspan_core::{
     api::HANDSHAKE_MAX,
     id::{DeviceAddress, StreamId},
     limit::{LimitName, LimitReached},
-    record::{StreamRecord, StreamState},
+    record::{StreamEnd, StreamRecord, StreamState},
     ticket::Owner,
     time::UnixTime,
 };
@@ -240,7 +240,8 @@ pub trait Rendezvous: Send + Sync {
         limits: StreamLimits,
     ) -> Result<Option<LinkRecord>, CreateError>;
 
-    /// Moves a stream on. Gives the record when that changed it; steps back are ignored.
+    /// Moves a stream on. Gives the record when that changed it; steps back are ignored. So are steps out of an end, but for the
+    /// true end of a stream whose edge was thought lost: it is kept, and gives nothing.
     ///
     /// An end that could not be told is told again as soon as the store can be reached: who hears the error records the
     /// end, and need not come back.
@@ -249,6 +250,16 @@ pub trait Rendezvous: Send + Sync {
         stream: StreamId,
         next: StreamState,
     ) -> Result<Option<StreamRecord>, StoreError>;
+
+    /// Ends a stream that nobody else may know to be over, with [`Rendezvous::advance_stream`]. What could not be told at once
+    /// comes back from [`Rendezvous::expire`] when that changed the stream: so its end is recorded once.
+    async fn delete_stream(
+        &self,
+        stream: StreamId,
+        end: StreamEnd,
+    ) -> Result<Option<StreamRecord>, StoreError> {
+        self.advance_stream(stream, StreamState::Ended(end)).await
+    }
 
     /// One stream, also for some minutes after its end.
     async fn stream(&self, stream: StreamId) -> Result<Option<StreamRecord>, StoreError>;
@@ -262,7 +273,8 @@ pub trait Rendezvous: Send + Sync {
     /// not hold here: these streams are there.
     async fn restore_streams(&self, streams: &[StreamRecord]) -> Result<(), StoreError>;
 
-    /// Ends handshakes that nobody has ended in time and streams whose edge is gone, and gives those that it ended.
+    /// Ends handshakes that nobody has ended in time and streams whose edge is gone, and gives those that it ended; and those
+    /// whose deletion could not be told at once and has been since.
     ///
     /// Also forgets what ended long ago and the links of replicas that are gone. To be called every second or so by
     /// every control replica; each end is given to one of them.
@@ -279,6 +291,15 @@ pub trait Rendezvous: Send + Sync {
 
     /// A device has a new link, which `replica` holds.
     async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError>;
+
+    /// A device has a link, which `replica` holds, and which began while the store could not be told, or whose announcement
+    /// was not answered. Nothing, when another replica's link is newer than `assumed`, the generation that it would have had.
+    async fn link_up_late(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+    ) -> Result<Option<LinkUp>, StoreError>;
 
     /// The link of this generation is gone. A newer one is left alone.
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError>;

@@ -104,7 +104,8 @@ impl Records {
             }
             return None;
         };
-        if !stream.record.advance(next) {
+        let was_ended = stream.record.is_ended();
+        if !stream.record.advance(next) || was_ended {
             return None;
         }
         let record = stream.record.clone();
@@ -131,10 +132,7 @@ impl Records {
     /// Takes streams up that may have been forgotten.
     pub fn restore_streams(&mut self, streams: &[StreamRecord], at: Moment) {
         for record in streams {
-            let thought_lost = self.streams.get(&record.stream).is_some_and(|known| {
-                matches!(&known.record.state, StreamState::Ended(end) if end.reason == CloseReason::EdgeLost)
-            });
-            if thought_lost {
+            if self.streams.get(&record.stream).is_some_and(|known| known.record.is_thought_lost()) {
                 self.streams.remove(&record.stream);
             }
             if self.streams.contains_key(&record.stream) {
@@ -215,6 +213,21 @@ impl Records {
         let waiting =
             waiting.filter(|(_, until)| at.now < *until).map(|(replica, _)| replica.clone()).collect();
         LinkUp { generation, replaced, waiting }
+    }
+
+    /// Takes up a link that began while the store could not be told.
+    pub fn link_up_late(
+        &mut self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+        at: Moment,
+    ) -> Option<LinkUp> {
+        let known = self.links.get(device);
+        let is_outdated = known.is_some_and(|known| {
+            known.generation > assumed && known.replica.incarnation != replica.incarnation
+        });
+        (!is_outdated).then(|| self.link_up(device, replica, at))
     }
 
     /// Forgets a link, unless there is a newer one.

@@ -44,6 +44,7 @@ use self::{
     keys::{BUCKETS, Keys, link_bucket, stream_bucket},
     scripts::Script,
     slots::{Scope, Slots},
+    untold::Untold,
 };
 use super::{
     CreateError, Ends, Lease, Leases, LinkRecord, LinkUp, Look, Rendezvous, Renewal, Seen, ServerRole,
@@ -60,7 +61,9 @@ pub struct RedisRendezvous {
     /// From the reservation of a device's place until its stream must be recorded.
     creation_limit: Duration,
     slots: Arc<Slots>,
-    ends: Mutex<Ends<(StreamId, StreamState)>>,
+    ends: Mutex<Ends<Untold>>,
+    /// Deletions that could not be told at once, and have been since.
+    deleted_late: Mutex<Vec<StreamRecord>>,
     metrics: StoreMetrics,
     seen_by_incarnation: Mutex<HashMap<Incarnation, Seen>>,
 }
@@ -128,6 +131,7 @@ impl RedisRendezvous {
             creation_limit: settings.redis_command_timeout * 2,
             metrics,
             ends: Mutex::default(),
+            deleted_late: Mutex::default(),
             seen_by_incarnation: Mutex::default(),
         });
         lifecycle.spawn_recorder(Span::current(), Arc::clone(&store).tell_again(lifecycle.clone()));
@@ -187,15 +191,23 @@ impl RedisRendezvous {
         }
     }
 
-    async fn advance(&self, stream: StreamId, next: StreamState) -> Result<Option<StreamRecord>, StoreError> {
+    /// Moves a stream on, or keeps its end to tell it again.
+    async fn advance(
+        &self,
+        stream: StreamId,
+        next: StreamState,
+        is_deletion: bool,
+    ) -> Result<Option<StreamRecord>, StoreError> {
         let arguments =
             [stream.to_string(), next.rank().to_string(), json(&next)?, milliseconds(self.timing.remember)];
         let base = self.keys.streams(stream_bucket(stream));
         let advanced = self.redis.run::<Option<String>>(Script::AdvanceStream, &base, &arguments).await;
         if matches!(next, StreamState::Ended(_)) {
+            let end = next.clone();
             if advanced.is_ok() {
-                self.ends().told((stream, next.clone()), clock::now());
-            } else if !self.ends().failed((stream, next.clone())) {
+                // Whoever tells it again has been heard before.
+                self.ends().told(Untold { stream, end, is_deletion: false }, clock::now());
+            } else if !self.ends().failed(Untold { stream, end, is_deletion }) {
                 warn!("too many ends that the store has not heard of; the oldest is left out");
             }
         }
@@ -322,6 +334,33 @@ impl RedisRendezvous {
         self.redis.run(Script::ListLink, &self.keys.links(link_bucket(device)), &arguments).await
     }
 
+    /// Takes up a link; where a generation is assumed, unless another replica has a newer one.
+    async fn take_up_link(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: String,
+    ) -> Result<Option<LinkUp>, StoreError> {
+        type Before = (u64, u64, Option<String>, Option<String>, Option<String>, Vec<String>);
+        let arguments = [stored(replica)?, replica.incarnation.to_string(), assumed];
+        let answer: Option<Before> =
+            self.redis.run(Script::LinkUp, &self.keys.device(device), &arguments).await?;
+        let Some((generation, since, before, before_generation, before_since, waiting)) = answer else {
+            return Ok(None);
+        };
+        let link = LinkRecord { replica: replica.clone(), generation, since: UnixTime(since) };
+        if let Err(error) = self.list_link(device, &link).await {
+            // The caller will not hold this link. If nobody can be told, the device's next one takes its place.
+            let _ = self.link_down(device, generation).await;
+            return Err(error);
+        }
+        Ok(Some(LinkUp {
+            generation,
+            replaced: self.link_of(&mut [before, before_generation, before_since]),
+            waiting: waiting.iter().filter_map(|replica| self.read_stored(replica)).collect(),
+        }))
+    }
+
     async fn restore_link(&self, device: &DeviceAddress, link: &LinkRecord) -> Result<bool, StoreError> {
         let arguments = [stored(&link.replica)?, link.generation.to_string(), link.since.0.to_string()];
         let is_newest = self.redis.run(Script::RestoreLink, &self.keys.device(device), &arguments).await?;
@@ -435,7 +474,15 @@ impl Rendezvous for RedisRendezvous {
         stream: StreamId,
         next: StreamState,
     ) -> Result<Option<StreamRecord>, StoreError> {
-        self.advance(stream, next).await
+        self.advance(stream, next, false).await
+    }
+
+    async fn delete_stream(
+        &self,
+        stream: StreamId,
+        end: StreamEnd,
+    ) -> Result<Option<StreamRecord>, StoreError> {
+        self.advance(stream, StreamState::Ended(end), true).await
     }
 
     async fn stream(&self, stream: StreamId) -> Result<Option<StreamRecord>, StoreError> {
@@ -481,8 +528,9 @@ impl Rendezvous for RedisRendezvous {
         let arguments = [milliseconds(self.timing.lease), milliseconds(period)];
         let claim: Option<Vec<String>> =
             self.redis.run(Script::ClaimSweep, &self.keys.membership(), &arguments).await?;
+        let mut ended = std::mem::take(&mut *self.deleted_late());
         let Some((settled, alive)) = claim.as_deref().and_then(<[String]>::split_first) else {
-            return Ok(Vec::new());
+            return Ok(ended);
         };
         let streams = (0..BUCKETS).map(|bucket| self.sweep_streams(bucket, settled, alive));
         let links = async {
@@ -490,7 +538,6 @@ impl Rendezvous for RedisRendezvous {
             first_error(join_all(buckets.map(|bucket| self.sweep_links(bucket, alive))).await)
         };
         let (streams, links) = tokio::join!(join_all(streams), links);
-        let mut ended = Vec::new();
         let mut failed = links.err();
         for result in streams {
             match result {
@@ -538,21 +585,17 @@ impl Rendezvous for RedisRendezvous {
     }
 
     async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError> {
-        type Before = (u64, u64, Option<String>, Option<String>, Option<String>, Vec<String>);
-        let base = self.keys.device(device);
-        let answer: Before = self.redis.run(Script::LinkUp, &base, &[stored(replica)?]).await?;
-        let (generation, since, before, before_generation, before_since, waiting) = answer;
-        let link = LinkRecord { replica: replica.clone(), generation, since: UnixTime(since) };
-        if let Err(error) = self.list_link(device, &link).await {
-            // The caller will not hold this link. If nobody can be told, the device's next one takes its place.
-            let _ = self.link_down(device, generation).await;
-            return Err(error);
-        }
-        Ok(LinkUp {
-            generation,
-            replaced: self.link_of(&mut [before, before_generation, before_since]),
-            waiting: waiting.iter().filter_map(|replica| self.read_stored(replica)).collect(),
-        })
+        let up = self.take_up_link(device, replica, String::new()).await?;
+        up.ok_or_else(|| StoreError::new(StoreFailure::Other, "a link was not taken up"))
+    }
+
+    async fn link_up_late(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        assumed: u64,
+    ) -> Result<Option<LinkUp>, StoreError> {
+        self.take_up_link(device, replica, assumed.to_string()).await
     }
 
     async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {

@@ -1,7 +1,12 @@
--- replica. Gives generation and time, the link before, and who waits.
+-- replica, incarnation, assumed. Gives generation and time, the link before, and who waits; nothing when another replica's link is
+-- newer than is assumed, where something is.
 local now = clock()
 local before = link()
-local generation = math.max(now, (tonumber(before[2]) or 0) + 1)
+local known, assumed = tonumber(before[2]) or 0, tonumber(ARGV[3])
+if assumed and before[1] and known > assumed and not string.find(before[1], ARGV[2], 1, true) then
+  return false
+end
+local generation = math.max(now, known + 1)
 local since = math.floor(now / 1000)
 redis.call('HSET', base .. 'link', 'replica', ARGV[1], 'generation', generation, 'since', since)
 redis.call('PERSIST', base .. 'link')

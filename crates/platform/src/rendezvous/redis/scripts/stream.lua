@@ -20,13 +20,19 @@ end
 -- Gives the first record when that changed the stream.
 local function advance(stream, rank, state, remember, lost)
   local key = key_of(stream)
-  local known = redis.call('HMGET', key, 'rank', 'record', 'owner', 'service')
+  local known = redis.call('HMGET', key, 'rank', 'record', 'owner', 'service', 'lost')
   if not known[1] then
     if rank == ENDED then
       -- Remembered, so that nobody announces it again afterwards.
       redis.call('HSET', key, 'rank', rank)
       redis.call('PEXPIRE', key, remember)
     end
+    return false
+  end
+  if known[5] and rank == ENDED and not lost then
+    -- That its edge was lost was only assumed. All else is done.
+    redis.call('HSET', key, 'state', state)
+    redis.call('HDEL', key, 'lost')
     return false
   end
   if tonumber(known[1]) >= rank then
