@@ -29,11 +29,14 @@ async fn a_drain_lets_streams_go_on_for_its_grace() {
     let mut relay = Relay::with(&["--drain-delay", "1s", "--drain-grace", "2s"]).await;
     let mut link = relay.device("dev1").await;
     let mut stream = relay.join(&mut link).await;
+    assert_eq!(relay.service().get("/v1/devices/dev1").await.headers.get("connection"), None);
     relay.terminate();
     eventually("not ready", || async { relay.admin("/readyz").await.status == 503 }).await;
     assert_eq!(relay.admin("/livez").await.status, 200);
-    // For the delay, all is served as before, but nothing new is placed here.
-    relay.service().get("/v1/devices/dev1").await.expect(200);
+    // For the delay, all is served as before, but nothing new is placed here, and no connection is kept for a next request.
+    let device = relay.service().get("/v1/devices/dev1").await;
+    assert_eq!(device.headers.get("connection").map(|value| value.as_bytes()), Some(&b"close"[..]));
+    device.expect(200);
     let problem = relay.service().open("dev1").await.problem(503, "unavailable");
     assert!(problem.retry && problem.retry_after_seconds.is_some(), "{problem:?}");
 

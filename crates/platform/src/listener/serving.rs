@@ -7,6 +7,7 @@ use std::{
 };
 
 use futures_util::FutureExt as _;
+use http::{HeaderValue, header};
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use tokio_util::sync::CancellationToken;
@@ -35,11 +36,14 @@ pub async fn serve_http(
     let service = service_fn(|mut request: HttpRequest| {
         asked.cancel();
         request.extensions_mut().insert(Arc::clone(&peer));
-        let (upgrade, switching) = (&upgrade, &switching);
+        let (upgrade, switching, draining) = (&upgrade, &switching, lifecycle.draining());
         handler(request).map(move |mut response| {
             if let Some(next) = response.extensions_mut().remove::<Upgrade>() {
                 *upgrade.lock().unwrap_or_else(PoisonError::into_inner) = Some(next);
                 switching.cancel();
+            } else if draining.is_cancelled() {
+                // The next request goes to another process, and not into a connection that ends in that moment.
+                response.headers_mut().insert(header::CONNECTION, HeaderValue::from_static("close"));
             }
             Ok::<_, Infallible>(response)
         })
