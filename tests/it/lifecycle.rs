@@ -35,7 +35,7 @@ async fn a_drain_lets_streams_go_on_for_its_grace() {
     assert_eq!(relay.admin("/livez").await.status, 200);
     // For the delay, all is served as before, but nothing new is placed here, and no connection is kept for a next request.
     let device = relay.service().get("/v1/devices/dev1").await;
-    assert_eq!(device.headers.get("connection").map(|value| value.as_bytes()), Some(&b"close"[..]));
+    assert_eq!(device.headers.get("connection").unwrap(), "close");
     device.expect(200);
     let problem = relay.service().open("dev1").await.problem(503, "unavailable");
     assert!(problem.retry && problem.retry_after_seconds.is_some(), "{problem:?}");

@@ -286,6 +286,7 @@ impl Control {
         let _turn = self.links.turn(address).lock().await;
         let held = Held::new(self.world.sim.unix_milliseconds(self.skew));
         let registration = self.links.register(address, held);
+        let forgets = self.ended_links.borrow().forgets();
         let up = if self.renewed.get() {
             self.ask(self.store.link_up(address, &self.replica)).await.ok()
         } else {
@@ -294,6 +295,7 @@ impl Control {
         registration.set_generation(up.as_ref().map(|up| up.generation));
         self.world.sim.say(|| format!("{address} has a link to {}: {up:?}", self.replica.name));
         if let Some(up) = up {
+            self.announced(forgets);
             self.tell_others(address, up);
         }
         registration
@@ -346,15 +348,22 @@ impl Control {
     }
 
     async fn link_down(&self, address: DeviceAddress, generation: Option<u64>) {
+        let forgets = self.ended_links.borrow().forgets();
         let told = self.renewed.get() && self.take_down(&address, generation).await.is_ok();
         self.world.sim.say(|| {
             format!("{} takes link {generation:?} of {address} down; told: {told}", self.replica.name)
         });
         let (mut ended, end) = (self.ended_links.borrow_mut(), (address, generation));
         if told {
-            ended.told(end, self.world.sim.now());
+            ended.told(end, forgets, self.world.sim.now());
         } else {
             ended.failed(end);
+        }
+    }
+
+    fn announced(&self, forgets: u64) {
+        if self.ended_links.borrow().forgets() != forgets {
+            self.forgotten.set(true);
         }
     }
 
@@ -369,7 +378,7 @@ impl Control {
             here.map(|link| link.generation)
         };
         match generation {
-            Some(generation) => self.ask(self.store.link_down(address, generation)).await,
+            Some(generation) => self.ask(self.store.link_down(address, &self.replica, generation)).await,
             None => Ok(()),
         }
     }
@@ -435,10 +444,12 @@ impl Control {
         if !self.links.holds(address, held) {
             return Ok(());
         }
+        let forgets = self.ended_links.borrow().forgets();
         let up = self.ask(self.store.link_up_late(address, &self.replica, held.generation)).await;
         self.world.sim.say(|| format!("{} announces {address} late: {up:?}", self.replica.name));
         match up? {
             Some(up) => {
+                self.announced(forgets);
                 if !self.links.announced_late(address, held, up.generation) {
                     self.link_down(address.clone(), Some(up.generation)).await;
                 }
@@ -459,13 +470,12 @@ impl Control {
         let records: Vec<_> = links.iter().map(record).collect();
         let newer = self.ask(self.store.restore_links(&records)).await;
         self.world.sim.say(|| format!("{} announces its links again: {newer:?}", self.replica.name));
+        for (address, held) in links.iter().filter(|(address, held)| !self.links.holds(address, *held)) {
+            self.link_down(address.clone(), Some(held.generation)).await;
+        }
         let newer = newer?;
-        for (address, held) in links {
-            if newer.contains(&address) {
-                self.links.dismiss(&address, held, GoodbyeReason::Draining);
-            } else if !self.links.holds(&address, held) {
-                self.link_down(address, Some(held.generation)).await;
-            }
+        for (address, held) in links.iter().filter(|(address, _)| newer.contains(address)) {
+            self.links.dismiss(address, *held, GoodbyeReason::Draining);
         }
         Ok(())
     }

@@ -210,7 +210,7 @@ impl Run {
         let (world, sim) = (&self.world, &self.world.sim);
         let time =
             |least: u64, most: u64| sim.time(Duration::from_millis(least), Duration::from_millis(most));
-        match sim.below(12) {
+        match sim.below(13) {
             0 | 1 => {
                 let hosts = [
                     STORE,
@@ -256,14 +256,15 @@ impl Run {
             }
             7 => self.ail(Health::Away, time(200, 9000)).await,
             8 => self.ail(Health::Mute, time(100, 6000)).await,
-            9 => {
+            9 => self.ail(Health::Still, time(100, 9000)).await,
+            10 => {
                 let slowness = time(100, 4000);
                 sim.say(|| format!("the store takes up to {slowness:?}"));
                 world.slowness.set(slowness);
                 sim.sleep(time(500, 6000)).await;
                 world.slowness.set(Duration::ZERO);
             }
-            10 => {
+            11 => {
                 world.store.cut_off_follower();
                 sim.sleep(time(50, 2500)).await;
                 self.ail(Health::Away, time(0, 3000)).await;

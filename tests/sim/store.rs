@@ -31,7 +31,11 @@ struct State {
     /// Changes when another server answers, or the same one comes back empty.
     server: u64,
     health: Health,
+    /// What it was asked while it stood still.
+    asked: Vec<Step>,
 }
+
+type Step = Box<dyn FnOnce(&mut Records, Moment) + Send>;
 
 /// How the server is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,6 +46,8 @@ pub(crate) enum Health {
     Away,
     /// It does what it is asked, and its answers are lost.
     Mute,
+    /// It does what it is asked when it is well again, and nobody waits for the answers that long.
+    Still,
 }
 
 /// The server as one process sees it.
@@ -54,7 +60,8 @@ pub(crate) struct SimClient {
 impl SimStore {
     /// An empty store that goes by `clock`.
     pub(crate) fn new(timing: Timing, clock: impl Fn() -> Moment + Send + Sync + 'static) -> Arc<Self> {
-        let state = State { records: Records::new(timing), follower: None, server: 1, health: Health::Well };
+        let (records, health) = (Records::new(timing), Health::Well);
+        let state = State { records, follower: None, server: 1, health, asked: Vec::new() };
         Arc::new(Self { timing, clock: Box::new(clock), state: Mutex::new(state) })
     }
 
@@ -65,7 +72,14 @@ impl SimStore {
     }
 
     pub(crate) fn set_health(&self, health: Health) {
-        self.state().health = health;
+        let mut state = self.state();
+        state.health = health;
+        if health == Health::Well {
+            let now = (self.clock)();
+            for step in std::mem::take(&mut state.asked) {
+                step(&mut state.records, now);
+            }
+        }
     }
 
     /// From here on, what is written is lost at the next failover.
@@ -78,6 +92,7 @@ impl SimStore {
     pub(crate) fn fail_over(&self) {
         let mut state = self.state();
         if let Some(records) = state.follower.take() {
+            state.asked.clear();
             state.records = records;
             state.server += 1;
         }
@@ -88,6 +103,7 @@ impl SimStore {
         let mut state = self.state();
         state.records = Records::new(self.timing);
         state.follower = None;
+        state.asked.clear();
         state.server += 1;
     }
 
@@ -128,7 +144,8 @@ impl SimClient {
 
     /// What the server does, and answers.
     pub(crate) fn take_renewal(&self, lease: &Lease) -> Result<Look, StoreError> {
-        let renewal = self.ask(|records, now| records.renew(lease, now))?;
+        let lease = lease.clone();
+        let renewal = self.ask(move |records, now| records.renew(&lease, now))?;
         let server = self.store.state().server.to_string().into();
         Ok(Look { server: Some(server), lapsed: renewal.forgotten, ..Look::default() })
     }
@@ -152,25 +169,35 @@ impl SimClient {
     }
 
     fn advance(&self, stream: StreamId, next: StreamState) -> Result<Option<StreamRecord>, StoreError> {
-        let result = self.ask(|records, now| records.advance_stream(stream, next.clone(), now));
+        let state = next.clone();
+        let result = self.ask(move |records, now| records.advance_stream(stream, state, now));
         if matches!(next, StreamState::Ended(_)) {
             match result {
-                Ok(_) => self.ends().told((stream, next), (self.store.clock)().now),
+                Ok(_) => {
+                    let mut ends = self.ends();
+                    let forgets = ends.forgets();
+                    ends.told((stream, next), forgets, (self.store.clock)().now);
+                }
                 Err(_) => self.keep_untold(stream, next),
             }
         }
         result
     }
 
-    fn ask<T>(&self, step: impl FnOnce(&mut Records, Moment) -> T) -> Result<T, StoreError> {
+    fn ask<T>(&self, step: impl FnOnce(&mut Records, Moment) -> T + Send + 'static) -> Result<T, StoreError> {
         let mut state = self.store.state();
-        if state.health == Health::Away {
-            return Err(StoreError::new(StoreFailure::Unreachable, "it is away"));
+        match state.health {
+            Health::Away => return Err(StoreError::new(StoreFailure::Unreachable, "it is away")),
+            Health::Still => {
+                state.asked.push(Box::new(move |records, now| drop(step(records, now))));
+                return Err(StoreError::new(StoreFailure::TimedOut, "it stands still"));
+            }
+            Health::Well | Health::Mute => {}
         }
         let answer = step(&mut state.records, (self.store.clock)());
         match state.health {
             Health::Mute => Err(StoreError::new(StoreFailure::TimedOut, "its answer is lost")),
-            Health::Well | Health::Away => Ok(answer),
+            Health::Well | Health::Away | Health::Still => Ok(answer),
         }
     }
 }
@@ -182,7 +209,7 @@ impl Rendezvous for SimClient {
         record: StreamRecord,
         limits: StreamLimits,
     ) -> Result<Option<LinkRecord>, CreateError> {
-        self.ask(|records, now| records.create_stream(record, limits, now))?
+        self.ask(move |records, now| records.create_stream(record, limits, now))?
     }
 
     async fn advance_stream(
@@ -194,15 +221,16 @@ impl Rendezvous for SimClient {
     }
 
     async fn stream(&self, stream: StreamId) -> Result<Option<StreamRecord>, StoreError> {
-        self.ask(|records, _| records.stream(stream))
+        self.ask(move |records, _| records.stream(stream))
     }
 
     async fn streams(&self, after: Option<StreamId>, limit: usize) -> Result<Vec<StreamRecord>, StoreError> {
-        self.ask(|records, _| records.streams(after, limit))
+        self.ask(move |records, _| records.streams(after, limit))
     }
 
     async fn restore_streams(&self, streams: &[StreamRecord]) -> Result<(), StoreError> {
-        self.ask(|records, now| records.restore_streams(streams, now))
+        let streams = streams.to_vec();
+        self.ask(move |records, now| records.restore_streams(&streams, now))
     }
 
     async fn expire(&self) -> Result<Vec<StreamRecord>, StoreError> {
@@ -216,15 +244,17 @@ impl Rendezvous for SimClient {
     }
 
     async fn withdraw(&self, role: ServerRole, owner: &Owner) -> Result<(), StoreError> {
-        self.ask(|records, _| records.withdraw(role, owner))
+        let owner = owner.clone();
+        self.ask(move |records, _| records.withdraw(role, &owner))
     }
 
     async fn leases(&self, role: ServerRole) -> Result<Leases, StoreError> {
-        self.ask(|records, now| records.leases(role, now))
+        self.ask(move |records, now| records.leases(role, now))
     }
 
     async fn link_up(&self, device: &DeviceAddress, replica: &Owner) -> Result<LinkUp, StoreError> {
-        self.ask(|records, now| records.link_up(device, replica, now))
+        let (device, replica) = (device.clone(), replica.clone());
+        self.ask(move |records, now| records.link_up(&device, &replica, now))
     }
 
     async fn link_up_late(
@@ -233,15 +263,23 @@ impl Rendezvous for SimClient {
         replica: &Owner,
         assumed: u64,
     ) -> Result<Option<LinkUp>, StoreError> {
-        self.ask(|records, now| records.link_up_late(device, replica, assumed, now))
+        let (device, replica) = (device.clone(), replica.clone());
+        self.ask(move |records, now| records.link_up_late(&device, &replica, assumed, now))
     }
 
-    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
-        self.ask(|records, _| records.link_down(device, generation))
+    async fn link_down(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        generation: u64,
+    ) -> Result<(), StoreError> {
+        let (device, replica) = (device.clone(), replica.clone());
+        self.ask(move |records, _| records.link_down(&device, &replica, generation))
     }
 
     async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError> {
-        self.ask(|records, _| records.link(device))
+        let device = device.clone();
+        self.ask(move |records, _| records.link(&device))
     }
 
     async fn await_link(
@@ -250,7 +288,8 @@ impl Rendezvous for SimClient {
         replica: &Owner,
         wait: Duration,
     ) -> Result<Option<LinkRecord>, StoreError> {
-        self.ask(|records, now| records.await_link(device, replica, wait, now))
+        let (device, replica) = (device.clone(), replica.clone());
+        self.ask(move |records, now| records.await_link(&device, &replica, wait, now))
     }
 
     async fn links(
@@ -258,13 +297,15 @@ impl Rendezvous for SimClient {
         after: Option<&DeviceAddress>,
         limit: usize,
     ) -> Result<Vec<(DeviceAddress, LinkRecord)>, StoreError> {
-        self.ask(|records, _| records.links(after, limit))
+        let after = after.cloned();
+        self.ask(move |records, _| records.links(after.as_ref(), limit))
     }
 
     async fn restore_links(
         &self,
         links: &[(DeviceAddress, LinkRecord)],
     ) -> Result<Vec<DeviceAddress>, StoreError> {
-        self.ask(|records, _| records.restore_links(links))
+        let links = links.to_vec();
+        self.ask(move |records, _| records.restore_links(&links))
     }
 }

@@ -211,13 +211,26 @@ impl Control {
 
     /// Tells the store that a link has ended, now or once it answers.
     pub(crate) async fn link_down(&self, address: DeviceAddress, generation: Option<u64>) {
+        let forgets = self.ended_links().forgets();
         let told = async { self.store_answers() && self.take_down(&address, generation).await.is_ok() };
         let told = timeout(STORE_LIMIT, told).await.unwrap_or(false);
         let (mut ended, end) = (self.ended_links(), (address, generation));
         if told {
-            ended.told(end, clock::now());
+            ended.told(end, forgets, clock::now());
         } else if !ended.failed(end) {
             warn!("too many links have ended that the store has not heard of; the oldest is left out");
+        }
+    }
+
+    /// How often the store may have forgotten so far.
+    pub(crate) fn forgets(&self) -> u64 {
+        self.ended_links().forgets()
+    }
+
+    /// A link was announced, which began when the store had forgotten so often. The server of before may have been told.
+    pub(crate) fn announced(&self, forgets: u64) {
+        if self.forgets() != forgets {
+            self.forgotten.store(true, Ordering::Relaxed);
         }
     }
 
@@ -237,7 +250,7 @@ impl Control {
             here.map(|link| link.generation)
         };
         match generation {
-            Some(generation) => self.rendezvous.link_down(address, generation).await,
+            Some(generation) => self.rendezvous.link_down(address, &self.replica, generation).await,
             None => Ok(()),
         }
     }
@@ -277,10 +290,11 @@ impl Control {
             self.renewed.store(matches!(renewed, Ok(Ok(_))), Ordering::Relaxed);
             match renewed {
                 Ok(Ok(renewal)) => {
+                    // What is announced from here on is known to the store that answers now; what was before, is announced again.
+                    self.ended_links().renewed(renewal.forgotten, clock::now());
                     if renewal.forgotten {
                         self.forgotten.store(true, Ordering::Relaxed);
                     }
-                    self.ended_links().renewed(renewal.forgotten, clock::now());
                     // Where it fails, the view of before stays.
                     let _ = self.look().await;
                 }
@@ -338,11 +352,13 @@ impl Control {
         if !self.links.holds(&address, held) {
             return Ok(());
         }
+        let forgets = self.forgets();
         match in_time(self.rendezvous.link_up_late(&address, &self.replica, held.generation)).await? {
             Some(up) => {
                 if !self.links.announced_late(&address, held, up.generation) {
                     self.link_down(address.clone(), Some(up.generation)).await;
                 }
+                self.announced(forgets);
                 self.tell_others(&address, up);
             }
             // Should this be the device's newest link after all, it comes back at once.
@@ -361,14 +377,15 @@ impl Control {
                 (address.clone(), LinkRecord { replica, generation: held.generation, since: held.since })
             };
             let records: Vec<_> = batch.iter().map(record).collect();
-            let newer = in_time(self.rendezvous.restore_links(&records)).await?;
-            for (address, held) in batch {
-                if newer.contains(address) {
-                    // Likewise.
-                    self.links.dismiss(address, *held, GoodbyeReason::Draining);
-                } else if !self.links.holds(address, *held) {
-                    self.link_down(address.clone(), Some(held.generation)).await;
-                }
+            let restored = in_time(self.rendezvous.restore_links(&records)).await;
+            // Also where no answer came: it may have been done behind the end of a link.
+            for (address, held) in batch.iter().filter(|(address, held)| !self.links.holds(address, *held)) {
+                self.link_down(address.clone(), Some(held.generation)).await;
+            }
+            let newer = restored?;
+            for (address, held) in batch.iter().filter(|(address, _)| newer.contains(address)) {
+                // Likewise.
+                self.links.dismiss(address, *held, GoodbyeReason::Draining);
             }
             tokio::time::sleep(BATCH_PAUSE).await;
         }

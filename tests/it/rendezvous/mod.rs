@@ -261,13 +261,14 @@ async fn the_newest_link_is_the_devices(stores: &impl Stores) {
     let replaced = newer.replaced.unwrap();
     assert_eq!((replaced.replica, replaced.generation), (first.clone(), older.generation));
 
-    store.link_down(&device, older.generation).await.unwrap();
+    store.link_down(&device, &first, older.generation).await.unwrap();
+    store.link_down(&device, &first, newer.generation + 9).await.unwrap();
     let link = store.link(&device).await.unwrap().unwrap();
-    assert_eq!((link.replica, link.generation), (second, newer.generation));
+    assert_eq!((&link.replica, link.generation), (&second, newer.generation));
     let of_stream = store.create_stream(stream(1, "dev1"), WIDE).await.unwrap();
     assert_eq!(of_stream.map(|link| link.generation), Some(newer.generation));
 
-    other.link_down(&device, newer.generation).await.unwrap();
+    other.link_down(&device, &second, newer.generation).await.unwrap();
     assert_eq!(store.link(&device).await.unwrap(), None);
     assert_eq!(store.links(None, 10).await.unwrap(), []);
     assert_eq!(store.create_stream(stream(2, "dev1"), WIDE).await.unwrap(), None);
@@ -353,7 +354,7 @@ async fn links_are_announced_late(stores: &impl Stores) {
     assert!(again.generation > newer.generation);
     assert_eq!(store.link(&device).await.unwrap().unwrap().generation, again.generation);
     assert_eq!(store.links(None, 10).await.unwrap().len(), 1);
-    store.link_down(&device, again.generation).await.unwrap();
+    store.link_down(&device, &second, again.generation + 9).await.unwrap();
     assert!(late(&owner("control-2", 3), 1).await.is_some(), "nobody holds a link");
 }
 

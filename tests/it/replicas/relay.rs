@@ -534,13 +534,18 @@ impl Rendezvous for Store {
         self.trip()?.link_up_late(device, replica, assumed).await
     }
 
-    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
+    async fn link_down(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        generation: u64,
+    ) -> Result<(), StoreError> {
         let memory = self.trip()?;
         let link = memory.link(device).await?;
         if link.is_some_and(|link| self.silenced.lock().unwrap().contains(&link.replica)) {
             return Ok(());
         }
-        memory.link_down(device, generation).await
+        memory.link_down(device, replica, generation).await
     }
 
     async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError> {

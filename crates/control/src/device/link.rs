@@ -140,6 +140,7 @@ impl Control {
         let _turn = self.links.turn(address).lock().await;
         let held = Held::new(clock::unix_milliseconds());
         let registration = self.links.register(address, held);
+        let forgets = self.forgets();
         let up = if self.store_answers() {
             timeout(STORE_LIMIT, self.rendezvous.link_up(address, &self.replica))
                 .await
@@ -150,7 +151,10 @@ impl Control {
         };
         registration.set_generation(up.as_ref().map(|up| up.generation));
         match up {
-            Some(up) => self.tell_others(address, up),
+            Some(up) => {
+                self.announced(forgets);
+                self.tell_others(address, up);
+            }
             None => warn!("a link could not be announced; it will be, once the store answers"),
         }
         registration

@@ -13,6 +13,8 @@ pub struct Ends<T> {
     /// Those that were told lately. A server that takes the place of another one may have missed them, and would list what has
     /// ended for as long as its process lives.
     told: VecDeque<(Instant, T)>,
+    /// How often the store may have forgotten.
+    forgets: u64,
 }
 
 /// How many of either are kept, at some 200 bytes each. Of what goes beyond that, the store hears when their edge is gone.
@@ -32,8 +34,17 @@ impl<T> Ends<T> {
         has_room
     }
 
-    /// One was told.
-    pub fn told(&mut self, end: T, now: Instant) {
+    /// How often the store may have forgotten so far. To be asked for when something begins to be told.
+    pub fn forgets(&self) -> u64 {
+        self.forgets
+    }
+
+    /// One was told. If the store may have forgotten since that began, who heard of it may have been the server of before.
+    pub fn told(&mut self, end: T, began: u64, now: Instant) {
+        if began != self.forgets {
+            self.failed(end);
+            return;
+        }
         if self.told.len() == KEPT_MAX {
             self.told.pop_front();
         }
@@ -43,6 +54,7 @@ impl<T> Ends<T> {
     /// The lease was renewed, and the store may have forgotten, or has not. What it may have missed is to be told again.
     pub fn renewed(&mut self, forgotten: bool, now: Instant) {
         if forgotten {
+            self.forgets += 1;
             for (_, end) in std::mem::take(&mut self.told) {
                 self.failed(end);
             }
@@ -66,7 +78,7 @@ impl<T> Ends<T> {
 
 impl<T> Default for Ends<T> {
     fn default() -> Self {
-        Self { untold: VecDeque::new(), told: VecDeque::new() }
+        Self { untold: VecDeque::new(), told: VecDeque::new(), forgets: 0 }
     }
 }
 
@@ -79,9 +91,9 @@ mod tests {
     fn what_was_told_lately_is_told_again_to_a_store_that_has_forgotten() {
         let (mut ends, start) = (Ends::default(), clock::now());
         let later = |seconds| start + Duration::from_secs(seconds);
-        ends.told(1, start);
+        ends.told(1, 0, start);
         ends.renewed(false, later(5));
-        ends.told(2, later(6));
+        ends.told(2, ends.forgets(), later(6));
         ends.renewed(false, later(11));
         assert!(ends.is_empty());
         // However long it has been away.
@@ -91,6 +103,13 @@ mod tests {
         assert!(ends.is_empty(), "who takes them tells them");
         assert!(ends.failed(2));
         assert_eq!(ends.take(1), [2]);
+        // What was on its way in the meantime.
+        let began = ends.forgets();
+        ends.renewed(true, later(102));
+        ends.told(3, began, later(102));
+        assert_eq!(ends.take(10), [3]);
+        ends.told(3, ends.forgets(), later(102));
+        assert!(ends.is_empty());
     }
 
     #[test]
@@ -98,7 +117,7 @@ mod tests {
         let (mut ends, now) = (Ends::default(), clock::now());
         for n in 0..=KEPT_MAX {
             assert_eq!(ends.failed(n), n < KEPT_MAX);
-            ends.told(n, now);
+            ends.told(n, 0, now);
         }
         assert_eq!((ends.untold.len(), ends.told.len()), (KEPT_MAX, KEPT_MAX));
     }

@@ -105,8 +105,13 @@ impl Rendezvous for MemoryRendezvous {
         Ok(self.records().link_up_late(device, replica, assumed, now()))
     }
 
-    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
-        self.records().link_down(device, generation);
+    async fn link_down(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        generation: u64,
+    ) -> Result<(), StoreError> {
+        self.records().link_down(device, replica, generation);
         Ok(())
     }
 

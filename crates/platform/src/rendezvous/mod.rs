@@ -301,8 +301,13 @@ pub trait Rendezvous: Send + Sync {
         assumed: u64,
     ) -> Result<Option<LinkUp>, StoreError>;
 
-    /// The link of this generation is gone. A newer one is left alone.
-    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError>;
+    /// The device's links to this replica up to this generation are gone. A newer one is left alone, and one to another replica.
+    async fn link_down(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        generation: u64,
+    ) -> Result<(), StoreError>;
 
     /// The link of a device.
     async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError>;

@@ -230,9 +230,12 @@ impl Records {
         (!is_outdated).then(|| self.link_up(device, replica, at))
     }
 
-    /// Forgets a link, unless there is a newer one.
-    pub fn link_down(&mut self, device: &DeviceAddress, generation: u64) {
-        if self.links.get(device).is_some_and(|link| link.generation == generation) {
+    /// Forgets a link, unless there is a newer one, or one to another replica.
+    pub fn link_down(&mut self, device: &DeviceAddress, replica: &Owner, generation: u64) {
+        let gone = |link: &LinkRecord| {
+            link.replica.incarnation == replica.incarnation && link.generation <= generation
+        };
+        if self.links.get(device).is_some_and(gone) {
             self.links.remove(device);
         }
     }

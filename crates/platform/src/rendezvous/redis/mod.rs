@@ -201,12 +201,13 @@ impl RedisRendezvous {
         let arguments =
             [stream.to_string(), next.rank().to_string(), json(&next)?, milliseconds(self.timing.remember)];
         let base = self.keys.streams(stream_bucket(stream));
+        let forgets = self.ends().forgets();
         let advanced = self.redis.run::<Option<String>>(Script::AdvanceStream, &base, &arguments).await;
         if matches!(next, StreamState::Ended(_)) {
             let end = next.clone();
             if advanced.is_ok() {
                 // Whoever tells it again has been heard before.
-                self.ends().told(Untold { stream, end, is_deletion: false }, clock::now());
+                self.ends().told(Untold { stream, end, is_deletion: false }, forgets, clock::now());
             } else if !self.ends().failed(Untold { stream, end, is_deletion }) {
                 warn!("too many ends that the store has not heard of; the oldest is left out");
             }
@@ -317,10 +318,9 @@ impl RedisRendezvous {
         arguments.extend_from_slice(alive);
         let base = self.keys.links(bucket);
         let lost: Vec<String> = self.redis.run(Script::LostLinks, &base, &arguments).await?;
-        let lost =
-            lost.chunks_exact(2).filter_map(|pair| Some((device_of(&pair[0])?, pair[1].parse().ok()?)));
-        let lost: Vec<(DeviceAddress, u64)> = lost.collect();
-        try_join_all(lost.iter().map(|(device, generation)| self.link_down(device, *generation))).await?;
+        let lost = lost.chunks_exact(3).filter_map(|link| Some((device_of(&link[0])?, &link[1], &link[2])));
+        try_join_all(lost.map(|(device, generation, owner)| self.take_down_link(device, generation, owner)))
+            .await?;
         Ok(())
     }
 
@@ -351,7 +351,7 @@ impl RedisRendezvous {
         let link = LinkRecord { replica: replica.clone(), generation, since: UnixTime(since) };
         if let Err(error) = self.list_link(device, &link).await {
             // The caller will not hold this link. If nobody can be told, the device's next one takes its place.
-            let _ = self.link_down(device, generation).await;
+            let _ = self.link_down(device, replica, generation).await;
             return Err(error);
         }
         Ok(Some(LinkUp {
@@ -359,6 +359,18 @@ impl RedisRendezvous {
             replaced: self.link_of(&mut [before, before_generation, before_since]),
             waiting: waiting.iter().filter_map(|replica| self.read_stored(replica)).collect(),
         }))
+    }
+
+    async fn take_down_link(
+        &self,
+        device: DeviceAddress,
+        generation: &str,
+        owner: &str,
+    ) -> Result<(), StoreError> {
+        let arguments = [generation.to_owned(), owner.to_owned(), milliseconds(GENERATION_KEPT)];
+        self.redis.run::<()>(Script::LinkDown, &self.keys.device(&device), &arguments).await?;
+        let arguments = [member_of(&device), generation.to_owned(), owner.to_owned()];
+        self.redis.run(Script::UnlistLink, &self.keys.links(link_bucket(&device)), &arguments).await
     }
 
     async fn restore_link(&self, device: &DeviceAddress, link: &LinkRecord) -> Result<bool, StoreError> {
@@ -598,11 +610,14 @@ impl Rendezvous for RedisRendezvous {
         self.take_up_link(device, replica, assumed.to_string()).await
     }
 
-    async fn link_down(&self, device: &DeviceAddress, generation: u64) -> Result<(), StoreError> {
-        let arguments = [generation.to_string(), milliseconds(GENERATION_KEPT)];
-        self.redis.run::<()>(Script::LinkDown, &self.keys.device(device), &arguments).await?;
-        let arguments = [member_of(device), generation.to_string()];
-        self.redis.run(Script::UnlistLink, &self.keys.links(link_bucket(device)), &arguments).await
+    async fn link_down(
+        &self,
+        device: &DeviceAddress,
+        replica: &Owner,
+        generation: u64,
+    ) -> Result<(), StoreError> {
+        let (generation, owner) = (generation.to_string(), replica.incarnation.to_string());
+        self.take_down_link(device.clone(), &generation, &owner).await
     }
 
     async fn link(&self, device: &DeviceAddress) -> Result<Option<LinkRecord>, StoreError> {

@@ -1,6 +1,6 @@
--- device, generation
+-- device, generation, owner
 local generation, owner = listed(ARGV[1])
-if not generation or tonumber(generation) > tonumber(ARGV[2]) then
+if not generation or owner ~= ARGV[3] or tonumber(generation) > tonumber(ARGV[2]) then
   return 0
 end
 leave_owner(owner, ARGV[1])
