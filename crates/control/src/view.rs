@@ -87,7 +87,8 @@ impl View {
     /// The edge that is to own a new stream. `None` when none can take it.
     ///
     /// One whose lease is alive and accepts, and which Kubernetes, where it is asked, calls ready. If that leaves nobody the
-    /// lease is enough: a Service that was named wrongly, or probes that fail everywhere, must not stop the relay.
+    /// lease is enough: a Service that was named wrongly, or probes that fail everywhere, must not stop the relay. An edge that was
+    /// killed and started again has two leases for a while, of which the last to be renewed counts.
     pub fn owner_of(&self, stream: StreamId) -> Option<Owner> {
         let (ready, others) = self.candidates();
         let edges = if ready.is_empty() { others } else { ready };
@@ -119,7 +120,8 @@ fn with_missing(mut leases: Leases, before: &Leases) -> Leases {
     if !leases.settled {
         let known: HashSet<_> = leases.alive.iter().map(|lease| lease.owner.incarnation).collect();
         let missing = before.alive.iter().filter(|lease| !known.contains(&lease.owner.incarnation));
-        leases.alive.extend(missing.cloned());
+        // First, since of several lives of one name the last one counts.
+        leases.alive = missing.chain(&leases.alive).cloned().collect();
     }
     leases
 }
@@ -210,6 +212,30 @@ mod tests {
                 (0..64).filter_map(|number| view.owner_of(StreamId::from_random(number))).collect();
             assert_eq!(chosen, expected.iter().map(|&number| owner(number)).collect(), "{case}");
             assert_eq!(view.overruled(), overruled, "{case}");
+        }
+    }
+
+    #[test]
+    fn of_two_lives_of_an_edge_the_last_to_renew_is_given_streams() {
+        let now = clock::now();
+        let life = |number| Lease {
+            owner: Owner { name: "edge".to_owned(), ..owner(number) },
+            ..lease(number, true, 0)
+        };
+        let leases = |numbers: &[u128], settled| Leases {
+            alive: numbers.iter().map(|&number| life(number)).collect(),
+            settled,
+        };
+        let owner_in = |view: &View| view.owner_of(StreamId::from_random(1)).unwrap().incarnation;
+        for (dead, living) in [(1, 2), (2, 1)] {
+            let both = View { edges: leases(&[dead, living], true), ..View::empty(now) };
+            assert_eq!(owner_in(&both), life(living).owner.incarnation);
+            let forgotten = View::new(leases(&[living], false), leases(&[], true), now, &both);
+            assert_eq!(
+                owner_in(&forgotten),
+                life(living).owner.incarnation,
+                "a store that has forgotten one"
+            );
         }
     }
 

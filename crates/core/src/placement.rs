@@ -10,7 +10,7 @@ use crate::id::StreamId;
 /// The position of the edge that owns `stream`, or `None` when there is no edge.
 ///
 /// Every edge draws a number from the stream's id and its own name, and the highest wins: an edge that comes or
-/// goes moves only the streams that it wins or had won. Equal numbers are told apart by name.
+/// goes moves only the streams that it wins or had won. Equal numbers are told apart by name; of equal names the last one wins.
 pub fn owner_of<Name: AsRef<str>>(stream: StreamId, edges: &[Name]) -> Option<usize> {
     let weight = |name: &str| xxh3_64_with_seed(name.as_bytes(), seed(stream));
     (0..edges.len()).max_by_key(|&index| {

@@ -157,7 +157,8 @@ pub struct Lease {
 /// Who is there.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Leases {
-    /// The leases that are alive, in the order of their owners' names.
+    /// The leases that are alive, in the order of their owners' names. Of several lives of one name the last to renew is the
+    /// last one: the others have most likely been killed.
     pub alive: Vec<Lease>,
     /// Whether a lease that is missing here means that its owner is gone.
     ///

@@ -197,8 +197,9 @@ impl Records {
             .lease_by_owner
             .values()
             .filter(|(lease, renewed)| lease.role == role && !self.is_over(*renewed, at.now));
-        let mut alive: Vec<_> = alive.map(|(lease, _)| lease.clone()).collect();
-        alive.sort_by(|a, b| a.owner.name.cmp(&b.owner.name));
+        let mut alive: Vec<_> = alive.collect();
+        alive.sort_by_key(|&(lease, renewed)| (&lease.owner.name, *renewed));
+        let alive = alive.into_iter().map(|(lease, _)| lease.clone()).collect();
         Leases { alive, settled: self.settling.is_over(&self.timing, at.now) }
     }
 

@@ -14,13 +14,13 @@ local function parts(value)
   return string.match(value, '^(%d+) (.*)$')
 end
 
--- Calls `found` with each lease that is alive, as incarnation and value.
+-- Calls `found` with each lease that is alive, as incarnation, value and when it was renewed.
 local function each_alive(role, lease, now, found)
   local leases = redis.call('HGETALL', base .. role)
   for index = 1, #leases, 2 do
     local renewed, value = parts(leases[index + 1])
     if now - renewed <= lease then
-      found(leases[index], value)
+      found(leases[index], value, tonumber(renewed))
     elseif now - renewed > 10 * lease then
       redis.call('HDEL', base .. role, leases[index])
     end
