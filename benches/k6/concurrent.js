@@ -20,8 +20,8 @@ export const options = Object.assign({}, common, {
 
 export const setup = begin;
 
-export function devices() {
-  runDevices(count, lifetime, settle);
+export async function devices() {
+  await runDevices(count, lifetime, settle);
 }
 
 export async function services() {

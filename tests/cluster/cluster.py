@@ -36,7 +36,9 @@ class Cluster:
         return run(*network.within(self.network), *words, **options)
 
     def kubectl(self, *words, **options):
-        return self.within(self.tools.program("kubectl"), "--kubeconfig", self.kubeconfig, *words, **options)
+        # Another cluster with the same address may have had other resources.
+        cache = f"--cache-dir={self.folder}/kubectl"
+        return self.within(self.tools.program("kubectl"), "--kubeconfig", self.kubeconfig, cache, *words, **options)
 
     def get(self, *words):
         """What `kubectl get` says, as JSON."""

@@ -10,6 +10,7 @@ import time
 import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from socketserver import TCPServer
 from urllib.parse import parse_qs, unquote, urlencode, urlparse
 
 GROUP_VERSION = "custom.metrics.k8s.io/v1beta2"
@@ -56,6 +57,11 @@ class Server(ThreadingHTTPServer):
     """Asks the API server which pods there are, and the pods how they are."""
 
     daemon_threads = True
+
+    def server_bind(self):
+        # Not HTTPServer's, which asks a name server for the name of its address, and there is none.
+        TCPServer.server_bind(self)
+        self.server_name, self.server_port = self.server_address
 
     def __init__(self, address, keys: Path):
         super().__init__(address, Api)

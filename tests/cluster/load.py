@@ -5,6 +5,8 @@ import os
 import re
 import signal
 import subprocess
+import sys
+import time
 
 import network
 from commands import Failed, until
@@ -15,34 +17,47 @@ SCRIPTS = REPOSITORY / "benches/k6"
 KEPT = REPOSITORY / "target/cluster/load"
 # What the scenarios are about: so many streams held, and so many set-ups a second beside them.
 STREAMS, RATE = 500, 50
+# Of a load that nobody ends, in seconds.
+LONGEST = 10 * 60
+# k6 asks here whether the load is still wanted.
+PORT = 8099
 
 
 class Load:
-    """One run of a k6 script: `with Load(...) as load:` starts it, `load.finish()` gives its figures."""
+    """One run of a k6 script: `with Load(...) as load:` starts it, `load.finish()` ends it and gives its figures."""
 
-    def __init__(self, release, script, name, **settings):
-        self.release, self.script, self.name = release, script, name
-        self.settings = {"LOAD_STREAMS": STREAMS, "LOAD_RATE": RATE} | settings
+    def __init__(self, release, script, name, group_key=None, **settings):
+        self.release, self.script, self.name, self.group_key = release, script, name, group_key
+        self.settings = {"LOAD_STREAMS": STREAMS, "LOAD_RATE": RATE, "LOAD_DURATION": LONGEST} | settings
         self.folder = release.cluster.folder / "load"
+        self.wanted = self.folder / "wanted" / name
         self.process = None
+        self.stood = time.monotonic()
 
     def __enter__(self):
         release, cluster = self.release, self.release.cluster
-        self.folder.mkdir(exist_ok=True)
+        self.wanted.parent.mkdir(parents=True, exist_ok=True)
+        self.wanted.touch()
+        if not cluster.servers.pids("wanted"):
+            words = ("-m", "http.server", PORT, "--bind", "127.0.0.1", "--directory", self.wanted.parent)
+            cluster.servers.start("wanted", sys.executable, *words)
         keys = release.secret(f"{NAME}-keys")
         credentials = json.loads(keys["credentials.json"])
         contents = {
             "ca": keys["ca.crt"],
-            "group": credentials["group_keys"][0],
+            "group": self.group_key or credentials["group_keys"][0],
             "service": release.secret(f"{NAME}-connections")["operator.connection"],
         }
         for file, text in contents.items():
             (self.folder / file).write_text(text)
         hosts = {f"{NAME}-{role}.{release.namespace}.svc": release.service_address(role) for role in ("control", "edge")}
         env = os.environ | {
+            # There is memory enough, and k6 takes half of the machine.
+            "GOGC": "400",
             "SSL_CERT_FILE": str(self.folder / "ca"),
             "LOAD_SERVICE_FILE": str(self.folder / "service"),
             "LOAD_GROUP_KEY_FILE": str(self.folder / "group"),
+            "LOAD_WHILE": f"http://127.0.0.1:{PORT}/{self.name}",
             "LOAD_HOSTS": ",".join(f"{host}={address}" for host, address in hosts.items()),
             **{key: str(value) for key, value in self.settings.items()},
         }
@@ -71,15 +86,22 @@ class Load:
         if not self.runs():
             raise Failed(f"the load has ended too early, with {self.process.returncode}: {self.said()}")
 
-    def wait_for_streams(self, count=STREAMS):
+    def wait_for_streams(self):
+        """Waits until all that are to be held are there; from then on short ones come at their rate."""
+        count = self.settings["LOAD_STREAMS"]
+
         def enough():
             self.must_run()
             return streams(self.release) >= count
 
         until(f"{count} streams are joined", enough, timeout=120, pause=0.5)
+        self.stood = time.monotonic()
 
-    def finish(self, timeout=300):
-        """Waits for the end of the run, and gives its figures by name."""
+    def finish(self, timeout=180):
+        """Ends the run when what is under way has come to its end, and gives its figures by name."""
+        self.must_run()
+        self.wanted.unlink()
+        self.seconds = time.monotonic() - self.stood
         try:
             self.process.wait(timeout=timeout)
         except subprocess.TimeoutExpired as expired:
@@ -107,6 +129,9 @@ def must_be_clean(load, figures):
     wrong = {name: count(figures, name) for name in ("failed_initiations", "cut_streams", "wrong_echoes")}
     if any(wrong.values()):
         raise Failed(f"{wrong}: {load.said()}")
+    least = load.settings["LOAD_STREAMS"] + 0.99 * load.settings["LOAD_RATE"] * load.seconds
+    if count(figures, "streams") < least:
+        raise Failed(f"{count(figures, 'streams')} streams, and not {least:.0f}: {load.said()}")
     if load.process.returncode != 0:
         raise Failed(f"a threshold was crossed: {load.said()}")
 

@@ -11,6 +11,13 @@ from commands import Failed, run, until
 CGROUPS = Path("/sys/fs/cgroup")
 LOG_LINKS = Path("/var/log/containers")
 CNI_RESULTS = Path("/var/lib/cni/results")
+# Every kubelet makes this one, whatever its own folder is, and leaves it.
+PLUGINS_SOCKET = Path("/var/lib/kubelet/device-plugins/kubelet.sock")
+# Folders in which nothing of anybody else's is, when they are empty.
+SHARED = [
+    LOG_LINKS, CNI_RESULTS, CNI_RESULTS.parent, PLUGINS_SOCKET.parent, PLUGINS_SOCKET.parent.parent,
+    Path("/run/containerd/s"), Path("/run/containerd"),
+]  # fmt: skip
 POD_SHARES = 16 * 1024
 PAUSE_IMAGE = "docker.io/library/pause:test"
 
@@ -160,15 +167,29 @@ def _remove_folder(folder):
 
 def elsewhere(folder: Path):
     """Files that kubelets and CNI keep in places which nobody can choose, and that are about this folder's containers."""
-    links = [path for path in LOG_LINKS.glob("*.log") if path.is_symlink() and path.readlink().is_relative_to(folder)]
-    return links + [path for path in CNI_RESULTS.glob("*") if f"{folder}/" in path.read_text(errors="replace")]
+    found = [path for path in LOG_LINKS.glob("*.log") if path.is_symlink() and path.readlink().is_relative_to(folder)]
+    found += [path for path in CNI_RESULTS.glob("*") if f"{folder}/" in path.read_text(errors="replace")]
+    if PLUGINS_SOCKET.is_socket() and not others_run("kubelet"):
+        found.append(PLUGINS_SOCKET)
+    return found
+
+
+def others_run(program):
+    """Whether a process of this name is there."""
+    return any(_name(path) == program for path in Path("/proc").glob("[0-9]*/comm"))
+
+
+def _name(path):
+    with contextlib.suppress(OSError):
+        return path.read_text().strip()
+    return None
 
 
 def forget(folder: Path):
     """Unmounts what lies below the folder, the deepest first, and removes it and what is elsewhere because of it."""
     for path in elsewhere(folder):
         path.unlink(missing_ok=True)
-    for place in (LOG_LINKS, CNI_RESULTS):
+    for place in SHARED:
         with contextlib.suppress(OSError):
             place.rmdir()
     mounts = [line.split()[4] for line in Path("/proc/self/mountinfo").read_text().splitlines()]

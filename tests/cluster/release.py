@@ -29,6 +29,7 @@ class Release:
         home = self.cluster.folder / "helm"
         env = os.environ | {
             "KUBECONFIG": str(self.cluster.kubeconfig),
+            "KUBECACHEDIR": str(home),
             **{f"HELM_{kind}_HOME": str(home) for kind in ("CACHE", "CONFIG", "DATA")},
         }
         return self.cluster.within(self.program, "--namespace", self.namespace, *words, timeout=timeout, env=env, **options)

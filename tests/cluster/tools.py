@@ -39,7 +39,7 @@ DEFINITIONS = {
 DEBIAN = [
     "etcd=etcd-server", "containerd=containerd", "runc=runc", "nft=nftables", "catatonit=catatonit", "conntrack=conntrack",
     "/usr/lib/cni/bridge=containernetworking-plugins", "redis-server=redis-server", "nsenter=util-linux", "ip=iproute2",
-    "openssl=openssl",
+    "openssl=openssl", "curl=curl",
 ]  # fmt: skip
 # At most so many compilers at a time: others may work on this machine, too.
 COMPILERS = "2"

@@ -5,45 +5,51 @@ import { WebSocket } from 'k6/experimental/websockets';
 import { counts } from './figures.js';
 import { base } from './settings.js';
 import { deviceId, signAsDevice } from './sas.js';
+import { End, sleep } from './time.js';
 
 const OPEN = 1;
+// Before a leg is dialed again. An address that has just gone may stay in the balancer's list for a second or two.
+const LEG_PAUSES_MS = [200, 500, 1000, 2000];
 
 // The scenario in which `devices` are there for `seconds`. A few share the event loop of one virtual user.
 export function deviceScenario(devices, seconds) {
   const vus = Math.min(devices, Math.max(4, Math.ceil(devices / 50)));
-  return { exec: 'devices', executor: 'per-vu-iterations', vus, iterations: 1, maxDuration: `${Math.ceil(seconds) + 30}s` };
+  return { exec: 'devices', executor: 'per-vu-iterations', vus, iterations: 1, maxDuration: `${Math.ceil(seconds) + 90}s` };
 }
 
-// A virtual user of that scenario. The links are opened in the first part of `settle` seconds.
-export function runDevices(devices, seconds, settle) {
+// A virtual user of that scenario. The links are opened in the first part of `settle` seconds, and stay until only devices are left.
+export async function runDevices(devices, seconds, settle) {
   const { vus } = exec.test.options.scenarios.devices;
-  const until = exec.scenario.startTime + seconds * 1000;
+  const end = new End(exec.scenario.startTime + seconds * 1000);
+  const own = [];
   for (let number = exec.scenario.iterationInTest; number < devices; number += vus) {
-    new Device(number, until).redial(0.7 * settle * Math.random());
+    const device = new Device(number, seconds);
+    device.redial(0.7 * settle * Math.random());
+    own.push(device);
   }
+  while (end.left() > 0 || exec.instance.vusActive > vus) {
+    await sleep(500);
+  }
+  own.forEach((device) => device.end());
 }
 
 class Device {
-  constructor(number, until) {
+  constructor(number, seconds) {
     this.number = number;
-    this.until = until;
+    // The credential outlives the test, so no link has to be renewed.
+    this.headers = { Authorization: signAsDevice(number, seconds + 120) };
+    this.over = false;
     this.dialed = 0;
     this.failures = 0;
     this.asked = new Set();
+    this.legs = new Set();
     this.timer = undefined;
     this.link = undefined;
-    setTimeout(() => this.end(), until - Date.now());
   }
 
   dial() {
-    const left = this.until - Date.now();
-    if (left <= 0) {
-      return;
-    }
     const url = `${base.replace(/^http/, 'ws')}/v1/devices/${encodeURIComponent(deviceId(this.number))}/link`;
-    // The credential outlives the test, so no link has to be renewed.
-    const headers = { Authorization: signAsDevice(this.number, left / 1000 + 60) };
-    const link = new WebSocket(url, 'midspan.link.v1', { headers, tags: { name: 'link' } });
+    const link = new WebSocket(url, 'midspan.link.v1', { headers: this.headers, tags: { name: 'link' } });
     this.dialed += 1;
     link.number = this.dialed;
     link.onmessage = (event) => this.hear(link, JSON.parse(event.data));
@@ -58,14 +64,14 @@ class Device {
       counts.links.add(1);
       this.failures = 0;
       this.link = link;
-      if (Date.now() >= this.until) {
+      if (this.over) {
         this.end();
       }
     } else if (message.type === 'request') {
       link.send(JSON.stringify({ type: 'accept', request: message.request }));
       if (!this.asked.has(message.request)) {
         this.asked.add(message.request);
-        openLeg(message, 3);
+        this.openLeg(message, 0);
       }
     } else if (message.type === 'goodbye') {
       this.told(link, message);
@@ -91,7 +97,7 @@ class Device {
   }
 
   closed(link) {
-    if (link.told || Date.now() >= this.until) {
+    if (link.told || this.over) {
       return;
     }
     // It is one or the other: a link that was refused never heard a welcome.
@@ -105,37 +111,44 @@ class Device {
 
   redial(seconds) {
     clearTimeout(this.timer);
-    this.timer = setTimeout(() => this.dial(), Math.min(seconds * 1000, Math.max(0, this.until - Date.now())));
+    if (!this.over) {
+      this.timer = setTimeout(() => this.dial(), seconds * 1000);
+    }
   }
 
+  // No service is left: a leg that still waits for one would keep the test from its end.
   end() {
+    this.over = true;
     clearTimeout(this.timer);
+    this.legs.forEach((leg) => leg.close());
     if (this.link && this.link.readyState === OPEN) {
       this.link.told = true;
       this.link.close(1000);
     }
   }
-}
 
-// A leg whose connection breaks before it stands may be tried again; a refusal is final.
-function openLeg(request, tries) {
-  const leg = new WebSocket(request.url, null, {
-    headers: { Authorization: `Bearer ${request.ticket}` },
-    tags: { name: 'device leg' },
-  });
-  leg.binaryType = 'arraybuffer';
-  leg.onopen = () => {
-    leg.stood = true;
-  };
-  leg.onmessage = (event) => {
-    if (leg.readyState === OPEN) {
-      leg.send(event.data);
-    }
-  };
-  leg.onerror = (event) => {
-    const refused = event.error === 'websocket: bad handshake';
-    if (!leg.stood && !refused && tries > 1) {
-      setTimeout(() => openLeg(request, tries - 1), 200);
-    }
-  };
+  // A leg whose connection breaks before it stands may be tried again; a refusal is final.
+  openLeg(request, broken) {
+    const leg = new WebSocket(request.url, null, {
+      headers: { Authorization: `Bearer ${request.ticket}` },
+      tags: { name: 'device leg' },
+    });
+    this.legs.add(leg);
+    leg.binaryType = 'arraybuffer';
+    leg.onopen = () => {
+      leg.stood = true;
+    };
+    leg.onmessage = (event) => {
+      if (leg.readyState === OPEN) {
+        leg.send(event.data);
+      }
+    };
+    leg.onerror = (event) => {
+      const refused = event.error === 'websocket: bad handshake';
+      if (!leg.stood && !refused && broken < LEG_PAUSES_MS.length) {
+        setTimeout(() => this.openLeg(request, broken + 1), LEG_PAUSES_MS[broken]);
+      }
+    };
+    leg.onclose = () => this.legs.delete(leg);
+  }
 }

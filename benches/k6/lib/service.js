@@ -6,14 +6,18 @@ import { WebSocket } from 'k6/experimental/websockets';
 import { counts, echo, handshake } from './figures.js';
 import { base } from './settings.js';
 import { deviceId, signAsService } from './sas.js';
+import { End, sleep, within } from './time.js';
 
 const CONNECTING = 0;
 const OPEN = 1;
 const DRAINING = 1012;
 // How long an echo or an end may take before it is given up: as long as the relay waits for both legs.
 const PATIENCE_MS = 60000;
-// The longest time before a stream that was cut is opened anew.
-const REOPEN_MS = 2000;
+// A leg that does not open says that its edge is gone, and so do others until the edge's lease has ended.
+const GONE_S = 5;
+// The longest time before a stream that was cut is opened anew. An edge that goes cuts many in the same moment, and a burst of set-ups
+// would measure nothing but how long it waits for the processor.
+const REOPEN_MS = 10000;
 
 // A service that knows how long it will be there, so that its signature lasts as long.
 export class Service {
@@ -22,6 +26,7 @@ export class Service {
     this.devices = devices;
     this.grace = grace;
     this.complaints = 0;
+    this.asked = 0;
   }
 
   // A stream to any device, tried twice; `undefined` when both tries failed. Something has come back through it.
@@ -35,18 +40,19 @@ export class Service {
           break;
         }
         counts.retries.add(1);
-        await sleep(Math.min(failure.pause || 0, 5) * 1000 + 200 * Math.random());
+        await sleep(Math.min(failure.pause || 0, GONE_S) * 1000 + 200 * Math.random());
       }
     }
     counts.failed.add(1);
     return undefined;
   }
 
+  // The relay has no use for the key. With it, k6's HTTP client sends a request again that met the end of an idle connection.
   async openOnce(device) {
     const asked = Date.now();
     const url = `${base}/v1/devices/${encodeURIComponent(device)}/streams`;
     const answer = await http.asyncRequest('POST', url, '{"name":"load"}', {
-      headers: this.headers,
+      headers: Object.assign({ 'Idempotency-Key': `${exec.vu.idInTest}-${(this.asked += 1)}` }, this.headers),
       tags: { name: 'open stream' },
       timeout: '60s',
     });
@@ -59,22 +65,23 @@ export class Service {
       await stream.echo('first');
     } catch (failure) {
       stream.close();
-      throw failure;
+      throw Object.assign(failure, { pause: GONE_S });
     }
     handshake.add(stream.answered - asked);
     counts.streams.add(1);
     return stream;
   }
 
-  // Sends messages through a stream until `end`, with pauses in between, and closes it; tells whether it stood until then.
-  async talk(stream, end, pause, bytes) {
+  // Sends messages through a stream while `left()` milliseconds are left, with pauses in between, and closes it; tells whether it stood
+  // until then.
+  async talk(stream, left, pause, bytes) {
     const filling = 'x'.repeat(bytes);
     let failure;
-    for (let number = 0; !failure && !stream.end && Date.now() < end; number += 1) {
+    for (let number = 0; !failure && !stream.end && left() > 0; number += 1) {
       try {
         echo.add(await stream.echo(`${number} ${filling}`.slice(0, bytes)));
         if (pause > 0) {
-          await within(Math.min(pause * 1000, end - Date.now()), stream.ended);
+          await within(Math.min(pause * 1000, left()), stream.ended);
         }
       } catch (caught) {
         failure = caught;
@@ -92,19 +99,28 @@ export class Service {
     return stood;
   }
 
-  // Keeps one stream after the other until `until`, each for `life` seconds at most.
-  async keep({ until, life, pause, bytes }) {
-    while (Date.now() < until) {
+  // Keeps one stream after the other until the end, each for `life` seconds at most.
+  async keep({ end, life, pause, bytes }) {
+    while (end.left() > 0) {
       const stream = await this.open();
       if (!stream) {
         return;
       }
-      const stood = await this.talk(stream, Math.min(until, Date.now() + life() * 1000), pause, bytes());
-      counts.held.add(stood && Date.now() >= until ? 1 : 0);
+      const last = Date.now() + life() * 1000;
+      const stood = await this.talk(stream, () => Math.min(end.at, last) - Date.now(), pause, bytes());
+      counts.held.add(stood && end.left() <= 0 ? 1 : 0);
       if (!stood) {
-        // Not all at once, when many were cut in the same moment.
         await sleep(REOPEN_MS * Math.random());
       }
+    }
+  }
+
+  // One stream for up to `longest` seconds.
+  async pass({ longest, pause, bytes }) {
+    const stream = await this.open();
+    if (stream) {
+      const last = Date.now() + longest * 1000 * Math.random();
+      await this.talk(stream, () => last - Date.now(), pause, bytes());
     }
   }
 
@@ -140,16 +156,22 @@ export function keepScenario(streams, seconds, settle) {
   };
 }
 
-// A virtual user of that scenario. Streams are opened at a rate; `life` and `bytes` are asked for each of them.
-export async function runServices(service, { streams, rate, seconds, pause, life, bytes }) {
+// A virtual user of that scenario. Streams are opened at a rate; `life` and `bytes` are asked for each of them. With `longest`, short
+// ones follow at the same rate until the end.
+export async function runServices(service, { streams, rate, seconds, pause, life, bytes, longest }) {
   const { vus } = exec.test.options.scenarios.services;
-  const until = exec.scenario.startTime + seconds * 1000;
-  const kept = [];
-  for (let number = exec.scenario.iterationInTest; number < streams; number += vus) {
-    const turn = exec.scenario.startTime + (number / rate) * 1000;
-    kept.push(sleep(turn - Date.now()).then(() => service.keep({ until, life, pause, bytes })));
+  const { startTime, iterationInTest } = exec.scenario;
+  const end = new End(startTime + seconds * 1000);
+  const done = [];
+  for (let number = iterationInTest; number < streams || longest; number += vus) {
+    // By the clock: the rate does not depend on how fast the relay is.
+    await sleep(startTime + (number / rate) * 1000 - Date.now());
+    if (end.left() <= 0) {
+      break;
+    }
+    done.push(number < streams ? service.keep({ end, life, pause, bytes }) : service.pass({ longest, pause, bytes }));
   }
-  await Promise.all(kept);
+  await Promise.all(done);
 }
 
 // The service's leg of a stream. One message is on its way at a time.
@@ -239,22 +261,5 @@ function refusal(answer) {
   return Object.assign(failure, {
     mayRetry: [0, 408, 410, 502, 503].includes(answer.status),
     pause: problem.retry_after_seconds,
-  });
-}
-
-// Waits for a promise, but not for longer than this. No timer is left behind: an iteration lasts until its last timer.
-function within(milliseconds, promise) {
-  return new Promise((resolve) => {
-    const timer = setTimeout(resolve, milliseconds);
-    promise.then(() => {
-      clearTimeout(timer);
-      resolve();
-    });
-  });
-}
-
-function sleep(milliseconds) {
-  return new Promise((resolve) => {
-    setTimeout(resolve, Math.max(0, milliseconds));
   });
 }

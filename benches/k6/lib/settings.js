@@ -53,6 +53,8 @@ function knownDevices() {
 export const credential = service();
 export const groupKey = contents('LOAD_GROUP_KEY_FILE');
 export const known = knownDevices();
+// What is found there while the load is wanted.
+export const going = __ENV.LOAD_WHILE;
 // What the ids of derived devices begin with: another one for each k6 that runs at the same time.
 export const prefix = __ENV.LOAD_DEVICE_PREFIX || 'load-';
 // Without a port, as signatures have it.

@@ -7,8 +7,6 @@ from commands import Failed
 from load import Load, must_be_clean, told
 from release import NAME, names, the_release
 
-# Of the load, once all streams stand; what is done meanwhile takes less, also on a busy machine.
-SECONDS = 160
 # Of an edge that goes down: what is tried does not depend on its length, but the test's length does.
 GRACE = 10
 API_SERVER_AWAY = 60
@@ -23,7 +21,7 @@ def scenario(cluster, steps):
         "--set-json", f'control.extraArgs=["--limit-initiations-per-second={INITIATIONS}"]',
     )  # fmt: skip
     release.scale("edge", 1)
-    with Load(release, "rolling.js", "changes", LOAD_DURATION=SECONDS, LOAD_GRACE=GRACE) as load:
+    with Load(release, "rolling.js", "changes", LOAD_GRACE=GRACE) as load:
         load.wait_for_streams()
         with steps("edges are scaled 1, 3, 6, 2 under load") as figures:
             figures.append(scale(release, load))
@@ -34,7 +32,7 @@ def scenario(cluster, steps):
         with steps("the API server is away for 60 s under load"):
             away(cluster, release, load)
         with steps("no initiation failed, and no stream was cut before its grace") as figures:
-            seen = load.finish(timeout=SECONDS + 120)
+            seen = load.finish()
             figures.extend(told(seen))
             must_be_clean(load, seen)
 

@@ -5,6 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from commands import Failed, until
 from images import NEXT_TAG
 from release import NAME, PATIENCE, Release
+from rotation import QUICKLY, rotate
 
 KEYS = f"{NAME}-keys"
 # What Kubernetes itself puts into a namespace.
@@ -14,6 +15,11 @@ BELONGS = {"configmap/kube-root-ca.crt", "serviceaccount/default"}
 def scenario(cluster, steps):
     with ThreadPoolExecutor() as pool:
         list(pool.map(lambda helm: try_with(cluster, steps, helm), ("helm3", "helm4")))
+    release = Release(cluster, "upgrade-helm4", "helm4")
+    with steps("the keys are changed under load, by the documented commands") as figures:
+        rotate(release, figures)
+    for helm in ("helm3", "helm4"):
+        cluster.kubectl("delete", "namespace", f"upgrade-{helm}", "--wait=false")
 
 
 def try_with(cluster, steps, helm):
@@ -37,9 +43,8 @@ def try_with(cluster, steps, helm):
         if annotations.get("helm.sh/resource-policy") != "keep":
             raise Failed(f"the keys stay, but nothing says so: {annotations}")
     with steps(f"{helm}: an install after that finds the keys, and uses them"):
-        release.install()
+        release.install(*QUICKLY)
         must_have(release, keys)
-    cluster.kubectl("delete", "namespace", release.namespace, "--timeout=120s", timeout=150)
 
 
 def must_have(release, keys):
