@@ -276,8 +276,12 @@ impl Fleet {
     pub async fn legs(&self, handshake: &Handshake, [service, device]: [usize; 2]) -> (Leg, Leg) {
         let (grant, invitation) = (&handshake.grant, &handshake.invitation);
         tokio::join!(
-            Leg::open(&self.edges[service].target, &grant.url, grant.ticket.expose_secret()),
-            Leg::open(&self.edges[device].target, &invitation.url, invitation.ticket.expose_secret())
+            Leg::open_patiently(&self.edges[service].target, &grant.url, grant.ticket.expose_secret()),
+            Leg::open_patiently(
+                &self.edges[device].target,
+                &invitation.url,
+                invitation.ticket.expose_secret()
+            )
         )
     }
 

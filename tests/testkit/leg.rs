@@ -13,7 +13,7 @@ use tokio_tungstenite::{
     },
 };
 
-use crate::{Answer, Frame, Io, Target, Upgraded, within};
+use crate::{Answer, Frame, Io, Target, Upgraded, until, within};
 
 /// A joined stream, both of whose ends are in the test's hand.
 #[derive(Debug)]
@@ -39,6 +39,19 @@ impl Leg {
     /// Opens a leg at `url` with `ticket`.
     pub async fn open(target: &Target, url: &str, ticket: &str) -> Self {
         Self::try_open(target, url, ticket, &[]).await.unwrap_or_else(|answer| panic!("refused: {answer:?}"))
+    }
+
+    /// Opens a leg as a client does that hears "try again with the same ticket": on a machine that is busy, an edge may not reach
+    /// another one in its time.
+    pub async fn open_patiently(target: &Target, url: &str, ticket: &str) -> Self {
+        until("the leg is taken", || async {
+            match Self::try_open(target, url, ticket, &[]).await {
+                Ok(leg) => Some(leg),
+                Err(answer) if answer.status == 503 => None,
+                Err(answer) => panic!("refused: {answer:?}"),
+            }
+        })
+        .await
     }
 
     /// Opens a leg with headers more, or gives the refusal.

@@ -50,7 +50,7 @@ async fn rolls(kind: Kind) {
         .env("LOAD_RESULTS", file("results"))
         .envs([("LOAD_STREAMS", STREAMS.to_string()), ("LOAD_RATE", "8".to_owned())])
         .envs([
-            ("LOAD_DURATION", "30s"),
+            ("LOAD_DURATION", "45s"),
             ("LOAD_PAUSE", "0.5s"),
             ("LOAD_GRACE", "4s"),
             ("LOAD_SETTLE", "2s"),
