@@ -12,7 +12,9 @@ def run(*words, timeout=60, check=True, stdin=None, env=None, cwd=None):
     """Runs a program to its end and gives its standard output. With `check`, another exit code than 0 is an error."""
     words = [str(word) for word in words]
     try:
-        done = subprocess.run(words, input=stdin, capture_output=True, text=True, timeout=timeout, env=env, cwd=cwd, check=False)
+        done = subprocess.run(
+            words, input=stdin, capture_output=True, text=True, errors="replace", timeout=timeout, env=env, cwd=cwd, check=False
+        )
     except subprocess.TimeoutExpired as expired:
         raise Failed(f"{' '.join(words)}: not done after {timeout} s") from expired
     if check and done.returncode != 0:

@@ -30,14 +30,14 @@ def rotate(release, figures):
         load.wait_for_streams()
         service = Service(release)
         ticket = service.ticket("old-0")
-        step(release, commands[0], [old, new], times=1)
-        step(release, commands[1], [old, new], times=2)
+        step(release, commands[0], {"ticket.key": 1, "credentials.json": 1}, [old, new])
+        step(release, commands[1], {"ticket.key": 2, "credentials.json": 1}, [old, new])
         service.must_say(ticket, "101", "a ticket of the key that no longer signs")
         must_be_clean(load, load.finish())
     with Load(release, "rolling.js", "rotation-new", group_key=new, LOAD_DEVICE_PREFIX="new-", **LIGHT) as load:
         load.wait_for_streams()
         service.must_say_of_device(old, "101")
-        step(release, commands[2], [new], times=3)
+        step(release, commands[2], {"ticket.key": 3, "credentials.json": 2}, [new])
         service.must_say(ticket, "ticket_invalid", "a ticket of the old key")
         service.must_say(service.ticket("new-0"), "101", "a ticket of the new key")
         service.must_say_of_device(old, "unauthorized")
@@ -56,8 +56,8 @@ def documented(release):
     return ["\n".join(["set -eu", *(line for line in lines if line not in steps), step]) for step in steps]
 
 
-def step(release, command, group_keys, times):
-    """One step, until every process has read its files so many times anew."""
+def step(release, command, times, group_keys):
+    """One step, until every process has read its files anew, so many `times` in all."""
     config = release.cluster.folder / "rotation.kubeconfig"
     config.write_text(release.cluster.kubeconfig.read_text())
     kubectl = release.cluster.tools.program("kubectl")
@@ -70,11 +70,11 @@ def step(release, command, group_keys, times):
     data = {"credentials.json": base64.b64encode(json.dumps(credentials).encode()).decode()}
     release.kubectl("patch", "secret", KEYS, "--patch", json.dumps({"data": data}))
     # Kubelets look at the files of a pod that has changed at once.
-    release.kubectl("annotate", "pods", "--all", "--overwrite", f"rotated={times}")
+    release.kubectl("annotate", "pods", "--all", "--overwrite", f"rotated={times['ticket.key']}")
     for role, files in (("control", ("ticket.key", "credentials.json")), ("edge", ("ticket.key",))):
         for pod in names(release.pods(role)):
             for file in files:
-                until(f"{pod} has read {file} anew", lambda pod=pod, file=file: read(release, pod, file) >= times, timeout=120)
+                until(f"{pod} has read {file}", lambda pod=pod, file=file: read(release, pod, file) >= times[file], timeout=120)
 
 
 def read(release, pod, file):
