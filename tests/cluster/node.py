@@ -13,10 +13,12 @@ LOG_LINKS = Path("/var/log/containers")
 CNI_RESULTS = Path("/var/lib/cni/results")
 # Every kubelet makes this one, whatever its own folder is, and leaves it.
 PLUGINS_SOCKET = Path("/var/lib/kubelet/device-plugins/kubelet.sock")
+# Where shims of containerd listen; those that were killed leave their sockets.
+SHIM_SOCKETS = Path("/run/containerd/s")
 # Folders in which nothing of anybody else's is, when they are empty.
 SHARED = [
     LOG_LINKS, CNI_RESULTS, CNI_RESULTS.parent, PLUGINS_SOCKET.parent, PLUGINS_SOCKET.parent.parent,
-    Path("/run/containerd/s"), Path("/run/containerd"),
+    SHIM_SOCKETS, SHIM_SOCKETS.parent,
 ]  # fmt: skip
 POD_SHARES = 16 * 1024
 PAUSE_IMAGE = "docker.io/library/pause:test"
@@ -171,6 +173,9 @@ def elsewhere(folder: Path):
     found += [path for path in CNI_RESULTS.glob("*") if f"{folder}/" in path.read_text(errors="replace")]
     if PLUGINS_SOCKET.is_socket() and not others_run("kubelet"):
         found.append(PLUGINS_SOCKET)
+    # The kernel keeps 15 characters of a process' name.
+    if not others_run("containerd-shim"):
+        found += [path for path in SHIM_SOCKETS.glob("*") if path.is_socket()]
     return found
 
 
