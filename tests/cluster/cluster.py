@@ -158,6 +158,9 @@ class Cluster:
             "--horizontal-pod-autoscaler-sync-period=2s", "--horizontal-pod-autoscaler-downscale-stabilization=5s",
             "--horizontal-pod-autoscaler-cpu-initialization-period=10s",
             "--horizontal-pod-autoscaler-initial-readiness-delay=5s",
+            # By default 50 seconds. An API server that was away for longer has no sign of life of any node when it is back, and
+            # if this controller looks before the kubelets have spoken, all pods leave all Services for some seconds.
+            "--node-monitor-grace-period=5m",
         )  # fmt: skip
         self.servers.start(
             "scheduler", self.tools.program("kube-scheduler"),

@@ -134,8 +134,8 @@ class Device {
     }
   }
 
-  // A leg whose connection breaks before anything came may be tried again, since its stream may still wait for it. A close frame is
-  // final, and so is a refusal at the first try; a later one may only say that the broken leg is still taken for a living one.
+  // A leg that did not open, or whose connection breaks before anything came, is tried again: its stream may still wait for it. k6 does
+  // not tell a refusal that is final from one that asks for another try. A close frame is final.
   openLeg(request, broken) {
     const leg = new WebSocket(request.url, null, {
       headers: { Authorization: `Bearer ${request.ticket}` },
@@ -150,7 +150,7 @@ class Device {
       }
     };
     leg.onerror = (event) => {
-      const final = (broken === 0 ? /bad handshake|close (?!1006)/ : /close (?!1006)/).test(event.error);
+      const final = /close (?!1006)/.test(event.error);
       if (!leg.heard && !final && !this.over && broken < LEG_PAUSES_MS.length) {
         setTimeout(() => this.openLeg(request, broken + 1), LEG_PAUSES_MS[broken]);
       }
