@@ -110,6 +110,10 @@ pub(crate) const STORE_LIMIT: Duration = Duration::from_secs(3);
 
 const SWEEP: Duration = Duration::from_secs(1);
 
+/// How long a sweep may take. The store limits each of its steps itself; what a sweep has ended is recorded by nobody else, so it
+/// is given up only when something hangs.
+const SWEEP_LIMIT: Duration = Duration::from_secs(60);
+
 /// How long links and waiting requests have to end when the process closes.
 const FAREWELL: Duration = Duration::from_secs(6);
 
@@ -271,7 +275,7 @@ impl Control {
 
     async fn sweep(self: Arc<Self>) {
         while timeout(SWEEP, self.lifecycle.stopped().cancelled()).await.is_err() {
-            match timeout(STORE_LIMIT, self.rendezvous.expire()).await {
+            match timeout(SWEEP_LIMIT, self.rendezvous.expire()).await {
                 Ok(Ok(late)) => late.iter().for_each(|record| self.record_end(record)),
                 Ok(Err(error)) => warn!(%error, "late streams could not be ended"),
                 Err(_) => warn!("late streams could not be ended in time"),

@@ -540,9 +540,8 @@ impl Rendezvous for RedisRendezvous {
         let arguments = [milliseconds(self.timing.lease), milliseconds(period)];
         let claim: Option<Vec<String>> =
             self.redis.run(Script::ClaimSweep, &self.keys.membership(), &arguments).await?;
-        let mut ended = std::mem::take(&mut *self.deleted_late());
         let Some((settled, alive)) = claim.as_deref().and_then(<[String]>::split_first) else {
-            return Ok(ended);
+            return Ok(std::mem::take(&mut *self.deleted_late()));
         };
         let streams = (0..BUCKETS).map(|bucket| self.sweep_streams(bucket, settled, alive));
         let links = async {
@@ -550,6 +549,8 @@ impl Rendezvous for RedisRendezvous {
             first_error(join_all(buckets.map(|bucket| self.sweep_links(bucket, alive))).await)
         };
         let (streams, links) = tokio::join!(join_all(streams), links);
+        // Only now, behind all that is waited for: whoever gives up waiting leaves them for the next call.
+        let mut ended = std::mem::take(&mut *self.deleted_late());
         let mut failed = links.err();
         for result in streams {
             match result {
