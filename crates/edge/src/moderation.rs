@@ -2,11 +2,14 @@
 //!
 //! Messages that are sent one by one, faster than the thread can go to sleep, cost a sleep and a wake-up each: of this
 //! thread, and of the one that reads them at the other end. A thread that has only such messages, which nobody answers,
-//! rests for a moment before it looks for more; each of its reads then finds many, and they leave in one write. Where
-//! anything comes back, someone may be waiting for an answer, and nothing is held up.
+//! rests for a moment before it looks for more; each of its reads then finds many, and they leave in one write. It rests
+//! longer, up to a millisecond, as long as that brings more: then the network's own limits on what is under way make the
+//! sender's kernel put messages together, too. Where anything comes back, someone may be waiting for an answer, and nothing
+//! is held up.
 
 use std::{
     cell::RefCell,
+    ops::Range,
     thread,
     time::{Duration, Instant},
 };
@@ -15,6 +18,9 @@ use midspan_platform::clock;
 
 /// A read of this many bytes is worth a wake-up.
 const WORTH: usize = 16 * 1024;
+
+/// After a rest, only a read of this many bytes is more than small messages that came together.
+const WORTH_RESTED: usize = 128 * 1024;
 
 /// From so many reads in a row on, the leg's messages count as unanswered.
 const UNANSWERED: u8 = 64;
@@ -25,8 +31,14 @@ const SHORT: Duration = Duration::from_micros(50);
 /// So many short naps in a row, and the thread rests.
 const SHORT_MANY: u8 = 16;
 
-/// How long it rests; the kernel makes some 100 microseconds of it.
-const REST: Duration = Duration::from_micros(50);
+/// How long it rests at first; the kernel makes some 100 microseconds of it.
+const REST_LEAST: Duration = Duration::from_micros(50);
+
+/// How long it rests at most.
+const REST_MOST: Duration = Duration::from_micros(800);
+
+/// A rest that brings so many bytes in all is made longer the next time, and one that brings more than that is long enough.
+const BROUGHT: Range<usize> = 1024..2 * WORTH;
 
 thread_local! {
     static MODERATION: RefCell<Moderation> = const { RefCell::new(Moderation::new()) };
@@ -40,8 +52,8 @@ pub(crate) fn note(bytes: usize, unanswered: u8) {
 /// The thread has nothing more to do.
 pub(crate) fn before_sleep() {
     MODERATION.with_borrow_mut(|moderation| {
-        if moderation.rests() {
-            thread::sleep(REST);
+        if let Some(rest) = moderation.rest() {
+            thread::sleep(rest);
         }
         moderation.asleep = Some(clock::now());
     });
@@ -62,25 +74,43 @@ struct Moderation {
     short: u8,
     /// Whether there was anything since the last nap, and all of it small and unanswered.
     small: Option<bool>,
+    /// How many bytes there were.
+    brought: usize,
+    rest: Duration,
 }
 
 impl Moderation {
     const fn new() -> Self {
-        Self { asleep: None, short: 0, small: None }
+        Self { asleep: None, short: 0, small: None, brought: 0, rest: REST_LEAST }
     }
 
     fn note(&mut self, bytes: usize, unanswered: u8) {
-        let small = bytes < WORTH && unanswered >= UNANSWERED;
+        let worth = if self.rests() { WORTH_RESTED } else { WORTH };
+        let small = bytes < worth && unanswered >= UNANSWERED;
         self.small = Some(small && self.small != Some(false));
+        self.brought += bytes;
     }
 
     fn rests(&self) -> bool {
         self.short >= SHORT_MANY
     }
 
+    /// How long to rest, if at all.
+    fn rest(&self) -> Option<Duration> {
+        self.rests().then_some(self.rest)
+    }
+
+    /// A nap is over that lasted for `time`, without the rest before it.
     fn slept(&mut self, time: Duration) {
         let small = self.small.take().unwrap_or(false);
-        self.short = if small && time < SHORT { self.short.saturating_add(1) } else { 0 };
+        let brought = std::mem::take(&mut self.brought);
+        if !small || time >= SHORT {
+            (self.short, self.rest) = (0, REST_LEAST);
+        } else if !self.rests() {
+            self.short += 1;
+        } else if BROUGHT.contains(&brought) {
+            self.rest = (self.rest * 2).min(REST_MOST);
+        }
     }
 }
 
@@ -117,6 +147,23 @@ mod tests {
         let mut moderation = after(100, US, 64, 255);
         moderation.slept(US);
         assert!(!moderation.rests());
+    }
+
+    #[test]
+    fn rests_get_longer_while_that_brings_more() {
+        let rest = |naps, bytes| after(naps, US, bytes, 255).rest();
+        assert_eq!(rest(16, 4096), Some(REST_LEAST));
+        assert_eq!(rest(17, 4096), Some(REST_LEAST * 2));
+        assert_eq!(rest(100, 4096), Some(REST_MOST));
+        // Nothing comes together, or enough does.
+        assert_eq!(rest(100, 64), Some(REST_LEAST));
+        let mut moderation = after(16, US, 64, 255);
+        moderation.note(WORTH_RESTED - 1, 255);
+        moderation.slept(US);
+        assert_eq!(moderation.rest(), Some(REST_LEAST));
+        moderation.note(WORTH_RESTED, 255);
+        moderation.slept(US);
+        assert_eq!(moderation.rest(), None);
     }
 
     #[test]
