@@ -64,6 +64,7 @@ pub(crate) struct Extent {
     setup_pairs: usize,
     idle_pairs: usize,
     many_pairs: usize,
+    /// `midspan connect` has up to 1,024 streams at a time.
     proxied_pairs: usize,
 }
 
@@ -78,7 +79,7 @@ impl Extent {
             setup_pairs: 1024,
             idle_pairs: 4000,
             many_pairs: 9000,
-            proxied_pairs: 1000,
+            proxied_pairs: 900,
         }
     }
 

@@ -93,9 +93,23 @@ impl Opener {
         let opener = Arc::new(self);
         let places = Arc::new(Semaphore::new(STREAMS_MAX));
         let mut streams = JoinSet::new();
+        let mut full = false;
         loop {
             // A connection beyond the bound waits in the listener's queue.
-            let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+            let place = if let Ok(place) = Arc::clone(&places).try_acquire_owned() {
+                full = false;
+                place
+            } else {
+                if !full {
+                    warn!(
+                        streams = STREAMS_MAX,
+                        "as many streams as can be: further connections wait until one ends"
+                    );
+                }
+                full = true;
+                let Ok(place) = Arc::clone(&places).acquire_owned().await else { return };
+                place
+            };
             match listener.accept().await {
                 Ok((local, peer)) => {
                     let opener = Arc::clone(&opener);
