@@ -2,10 +2,9 @@
 //!
 //! Messages that are sent one by one, faster than the thread can go to sleep, cost a sleep and a wake-up each: of this
 //! thread, and of the one that reads them at the other end. A thread that has only such messages, which nobody answers,
-//! rests for a moment before it looks for more; each of its reads then finds many, and they leave in one write. It rests
-//! longer, up to a millisecond, as long as that brings more: then the network's own limits on what is under way make the
-//! sender's kernel put messages together, too. Where anything comes back, someone may be waiting for an answer, and nothing
-//! is held up.
+//! rests for a moment before it looks for more; each of its reads then finds many, and they leave in one write. The more
+//! the messages, the longer the rest, up to a millisecond. Where anything comes back, someone may be waiting for an
+//! answer: that ends the rests, so it is held up by one of them at most.
 
 use std::{
     cell::RefCell,
@@ -37,7 +36,8 @@ const REST_LEAST: Duration = Duration::from_micros(50);
 /// How long it rests at most.
 const REST_MOST: Duration = Duration::from_micros(800);
 
-/// A rest that brings so many bytes in all is made longer the next time, and one that brings more than that is long enough.
+/// A rest that brings so many bytes in all is made longer the next time; one that brings less was too long for what comes,
+/// and one that brings more is long enough.
 const BROUGHT: Range<usize> = 1024..2 * WORTH;
 
 thread_local! {
@@ -110,6 +110,8 @@ impl Moderation {
             self.short += 1;
         } else if BROUGHT.contains(&brought) {
             self.rest = (self.rest * 2).min(REST_MOST);
+        } else if brought < BROUGHT.start {
+            self.rest = (self.rest / 2).max(REST_LEAST);
         }
     }
 }
@@ -164,6 +166,16 @@ mod tests {
         moderation.note(WORTH_RESTED, 255);
         moderation.slept(US);
         assert_eq!(moderation.rest(), None);
+    }
+
+    #[test]
+    fn rests_get_shorter_again_when_less_comes() {
+        let mut moderation = after(100, US, 4096, 255);
+        for expected in [REST_MOST / 2, REST_MOST / 4, REST_MOST / 8, REST_LEAST, REST_LEAST] {
+            moderation.note(1023, 255);
+            moderation.slept(US);
+            assert_eq!(moderation.rest(), Some(expected));
+        }
     }
 
     #[test]

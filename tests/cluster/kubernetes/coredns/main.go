@@ -1,4 +1,4 @@
-// CoreDNS with the plugins that the test cluster needs: the whole of it takes longer to build than Kubernetes.
+// CoreDNS with the plugins that the test cluster needs: the others want the libraries of every cloud to be built.
 package main
 
 import (
