@@ -1,4 +1,5 @@
-//! The cases. The number in front of each name is the group of Autobahn's suite that covers the same ground.
+//! The cases of the WebSocket conformance suite. The number in front of each name is the group of Autobahn's suite that
+//! covers the same ground.
 
 use super::{
     Heard, Verdict,

@@ -1,4 +1,4 @@
-//! The same with many streams, while processes die and are restarted.
+//! Three control replicas and four edges with many streams, while processes die and are restarted.
 //!
 //! `MIDSPAN_FLEET_STREAMS` says how many; a small machine without optimisation can do some hundreds beside other tests.
 
