@@ -5,7 +5,7 @@ import { WebSocket } from 'k6/experimental/websockets';
 import { counts } from './figures.js';
 import { base } from './settings.js';
 import { deviceId, signAsDevice } from './sas.js';
-import { End, sleep } from './time.js';
+import { End, sleep, Timer } from './time.js';
 
 const OPEN = 1;
 // Before a leg is dialed again. An address that has just gone may stay in the balancer's list for a second or two.
@@ -50,7 +50,7 @@ class Device {
     this.failures = 0;
     this.asked = new Set();
     this.legs = new Set();
-    this.timer = undefined;
+    this.dialing = undefined;
     this.link = undefined;
   }
 
@@ -59,6 +59,8 @@ class Device {
     const link = new WebSocket(url, 'midspan.link.v1', { headers: this.headers, tags: { name: 'link' } });
     this.dialed += 1;
     link.number = this.dialed;
+    // Not when it hears the welcome, which k6 may lose: it comes right behind the answer to the upgrade.
+    link.onopen = () => this.opened(link);
     link.onmessage = (event) => this.hear(link, JSON.parse(event.data));
     link.onerror = (event) => {
       link.failure = event.error;
@@ -66,15 +68,17 @@ class Device {
     link.onclose = () => this.closed(link);
   }
 
+  opened(link) {
+    counts.links.add(1);
+    this.failures = 0;
+    this.link = link;
+    if (this.over) {
+      this.end();
+    }
+  }
+
   hear(link, message) {
-    if (message.type === 'welcome') {
-      counts.links.add(1);
-      this.failures = 0;
-      this.link = link;
-      if (this.over) {
-        this.end();
-      }
-    } else if (message.type === 'request') {
+    if (message.type === 'request') {
       link.send(JSON.stringify({ type: 'accept', request: message.request }));
       if (!this.asked.has(message.request)) {
         this.asked.add(message.request);
@@ -107,7 +111,7 @@ class Device {
     if (link.told || this.over) {
       return;
     }
-    // It is one or the other: a link that was refused never heard a welcome.
+    // It is one or the other: a link that was refused never opened.
     (this.link === link ? counts.lost : counts.refused).add(1);
     if (this.failures === 0) {
       console.warn(`link of ${deviceId(this.number)}: ${link.failure || 'closed without a goodbye'}`);
@@ -116,17 +120,23 @@ class Device {
     this.failures += 1;
   }
 
+  stopDialing() {
+    if (this.dialing) {
+      this.dialing.stop();
+    }
+  }
+
   redial(seconds) {
-    clearTimeout(this.timer);
+    this.stopDialing();
     if (!this.over) {
-      this.timer = setTimeout(() => this.dial(), seconds * 1000);
+      this.dialing = new Timer(seconds * 1000, () => this.dial());
     }
   }
 
   // No service is left: a leg that still waits for one would keep the test from its end.
   end() {
     this.over = true;
-    clearTimeout(this.timer);
+    this.stopDialing();
     this.legs.forEach((leg) => leg.close());
     if (this.link && this.link.readyState === OPEN) {
       this.link.told = true;
@@ -152,7 +162,7 @@ class Device {
     leg.onerror = (event) => {
       const final = /close (?!1006)/.test(event.error);
       if (!leg.heard && !final && !this.over && broken < LEG_PAUSES_MS.length) {
-        setTimeout(() => this.openLeg(request, broken + 1), LEG_PAUSES_MS[broken]);
+        sleep(LEG_PAUSES_MS[broken]).then(() => this.openLeg(request, broken + 1));
       }
     };
     leg.onclose = () => this.legs.delete(leg);

@@ -15,6 +15,8 @@ export const counts = {
   retries: counter('retries'),
   // Streams that did not come about, the second try included.
   failed: counter('failed_initiations'),
+  // First messages that were sent again, because nothing came back.
+  repeats: counter('repeats'),
   // Streams that still stood at the end of the test.
   held: counter('held_streams'),
   // Streams that somebody else than their service ended; a relay that went away (1012) too soon among them.
