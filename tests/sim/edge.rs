@@ -10,7 +10,7 @@ use std::{
 };
 
 use midspan_core::{
-    admission::{Entrance, LEEWAY, Way, admit, way},
+    admission::{Entrance, Way, admit, way},
     api::HANDSHAKE_MAX,
     close::CloseReason,
     id::{Role, StreamId},
@@ -83,7 +83,7 @@ impl Edge {
             host,
             owner,
             skew,
-            pairing: Arc::default(),
+            pairing: Arc::new(Pairing::new(world.sim.now())),
             announcements: RefCell::default(),
             store: world.store.client(),
             draining: Cell::new(false),
@@ -283,8 +283,6 @@ impl Edge {
     }
 
     fn record(&self, facts: &StreamFacts) -> StreamRecord {
-        let age = self.world.sim.now().saturating_duration_since(facts.first_leg);
-        let created = UnixTime(self.unix().0.saturating_sub(age.as_secs()));
         StreamRecord {
             version: record::VERSION,
             stream: facts.stream,
@@ -292,9 +290,9 @@ impl Edge {
             name: facts.name.clone(),
             credential: facts.credential.to_string(),
             owner: self.owner.clone(),
-            created,
-            expires: created.plus(HANDSHAKE_MAX),
-            state: StreamState::Joined { joined: created },
+            created: facts.first_leg,
+            expires: facts.first_leg.plus(HANDSHAKE_MAX),
+            state: StreamState::Joined { joined: facts.first_leg },
         }
     }
 
@@ -311,7 +309,7 @@ impl Edge {
     /// Ends a stream, and returns once its legs have been told.
     pub(crate) async fn end_stream(&self, stream: StreamId, reason: CloseReason) {
         let now = self.world.sim.now();
-        let done = match self.pairing.end(stream, reason, now, now + HANDSHAKE_MAX + LEEWAY) {
+        let done = match self.pairing.end(stream, reason, now, now + HANDSHAKE_MAX) {
             PairingEnd::BySplice(facts) => Some((facts, Milestone::Told)),
             PairingEnd::Here { facts, waiting } => {
                 self.report(&facts, reason).await;

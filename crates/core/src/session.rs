@@ -13,18 +13,17 @@
 //! are joined, once and for good. Before that, a leg that goes away again frees its place, so that a dial that
 //! broke on the way can be repeated with the same ticket.
 
-use std::time::Instant;
-
 use thiserror::Error;
 
 use crate::{close::CloseReason, id::Role};
 
-/// One stream at its owner.
+/// One stream at its owner. There is one of it for each stream, so it is small: it counts milliseconds from a moment that its
+/// owner has chosen.
 #[derive(Debug, Clone)]
 pub struct Session {
     service: Leg,
     device: Leg,
-    deadline: Instant,
+    deadline: u64,
     joined: bool,
     ended: Option<CloseReason>,
 }
@@ -72,8 +71,8 @@ pub enum Ready {
 }
 
 impl Session {
-    /// A stream of which no leg has come yet. Both must be joined before `deadline`.
-    pub fn new(deadline: Instant) -> Self {
+    /// A stream of which no leg has come yet. Both must be joined before `deadline`, in milliseconds.
+    pub fn new(deadline: u64) -> Self {
         Self { service: Leg::Absent, device: Leg::Absent, deadline, joined: false, ended: None }
     }
 
@@ -135,8 +134,9 @@ impl Session {
         }
     }
 
-    /// Lets time pass: ends a handshake that is over its deadline. Gives the reason when that happened now.
-    pub fn tick(&mut self, now: Instant) -> Option<CloseReason> {
+    /// Lets time pass, up to `now` in milliseconds: ends a handshake that is over its deadline. Gives the reason when that
+    /// happened now.
+    pub fn tick(&mut self, now: u64) -> Option<CloseReason> {
         if self.joined || self.ended.is_some() || now < self.deadline {
             return None;
         }
@@ -152,8 +152,8 @@ impl Session {
         Some(reason)
     }
 
-    /// When the handshake must be over.
-    pub fn deadline(&self) -> Instant {
+    /// When the handshake must be over, in milliseconds.
+    pub fn deadline(&self) -> u64 {
         self.deadline
     }
 
@@ -167,8 +167,6 @@ impl Session {
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use proptest::prelude::*;
 
     use super::*;
@@ -176,7 +174,7 @@ mod tests {
     #[test]
     fn either_leg_may_come_first() {
         for first in Role::ALL {
-            let (mut session, _) = session();
+            let mut session = session();
             session.attach(first).unwrap();
             assert_eq!(session.ready(first), Ready::Waits);
             assert_eq!(session.state(), SessionState::OneLeg);
@@ -188,7 +186,7 @@ mod tests {
 
     #[test]
     fn a_leg_attaches_once_unless_it_went_away_before_the_join() {
-        let (mut session, _) = session();
+        let mut session = session();
         session.attach(Role::Device).unwrap();
         assert_eq!(session.attach(Role::Device), Err(AttachError::Taken));
         session.detach(Role::Device);
@@ -198,7 +196,7 @@ mod tests {
 
     #[test]
     fn a_joined_leg_that_goes_away_ends_the_stream() {
-        let (mut session, _) = session();
+        let mut session = session();
         for role in Role::ALL {
             session.attach(role).unwrap();
             session.ready(role);
@@ -211,7 +209,7 @@ mod tests {
     #[test]
     fn the_deadline_names_who_is_missing() {
         let late = |roles: &[Role]| {
-            let (mut session, _) = session();
+            let mut session = session();
             for &role in roles {
                 session.attach(role).unwrap();
                 session.ready(role);
@@ -248,8 +246,8 @@ mod tests {
         /// Whatever happens: joined at most once and only with both legs, the first end stands, and time ends all.
         #[test]
         fn always_ends_and_never_joins_twice(events in prop::collection::vec(event(), 0..60)) {
-            let (mut session, start) = session();
-            let (mut now, mut joins, mut end) = (start, 0, None);
+            let mut session = session();
+            let (mut now, mut joins, mut end) = (START, 0, None);
             let mut attached = [false; 2];
             for event in events {
                 match event {
@@ -269,7 +267,7 @@ mod tests {
                     Event::Ready(role) if attached[role as usize] && joins == 0 => {
                         if session.ready(role) == Ready::Joined {
                             joins += 1;
-                            prop_assert!(attached == [true; 2] && now < start + Duration::from_secs(60));
+                            prop_assert!(attached == [true; 2] && now < session.deadline());
                         }
                     }
                     Event::Detach(role) if attached[role as usize] => {
@@ -279,7 +277,7 @@ mod tests {
                     Event::Ready(_) | Event::Detach(_) => {}
                     Event::End => { session.end(CloseReason::Deleted); }
                     Event::Wait(milliseconds) => {
-                        now += Duration::from_millis(milliseconds);
+                        now += milliseconds;
                         session.tick(now);
                     }
                 }
@@ -290,7 +288,7 @@ mod tests {
                 }
                 prop_assert!(joins <= 1);
             }
-            session.tick(now + Duration::from_secs(60));
+            session.tick(now + 60_000);
             let over = matches!(session.state(), SessionState::Ended(_));
             prop_assert!(over || joins == 1);
             if joins == 1 && !over {
@@ -300,9 +298,9 @@ mod tests {
         }
     }
 
-    #[expect(clippy::disallowed_methods, reason = "an arbitrary point in time; nothing depends on which")]
-    fn session() -> (Session, Instant) {
-        let now = Instant::now();
-        (Session::new(now + Duration::from_secs(60)), now)
+    const START: u64 = 1000;
+
+    fn session() -> Session {
+        Session::new(START + 60_000)
     }
 }

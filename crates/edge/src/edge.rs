@@ -15,7 +15,6 @@ use midspan_core::{
     id::{DeviceAddress, Role, StreamId},
     record::{self, StreamEnd, StreamRecord, StreamState},
     ticket::Owner,
-    time::UnixTime,
 };
 use midspan_platform::{
     activity::{ActivityLog, Subject},
@@ -104,9 +103,6 @@ const END_LIMIT: Duration = Duration::from_secs(8);
 /// How long the rendezvous store may take for one announcement, off the path of the legs.
 const STORE_LIMIT: Duration = Duration::from_secs(5);
 
-/// How long an end is remembered of a stream that no leg had come for: the longest life of its tickets.
-const UNSEEN: Duration = HANDSHAKE_MAX.saturating_add(LEEWAY);
-
 /// How often, after the grace period, streams are looked for that began in the meantime.
 const DRAIN_ROUNDS: usize = 3;
 
@@ -139,7 +135,7 @@ impl Edge {
             secrets: parts.secrets,
             metrics: EdgeMetrics::new(&parts.metrics),
             lifecycle: parts.lifecycle,
-            pairing: Arc::default(),
+            pairing: Arc::new(Pairing::new(clock::now())),
             rendezvous: parts.rendezvous,
             activity: parts.activity,
             threads: parts.threads,
@@ -191,7 +187,7 @@ impl Edge {
     /// Ends a stream, and returns once its legs have been told, or [`END_LIMIT`] is over.
     pub(crate) async fn end_stream(&self, stream: StreamId, reason: CloseReason) {
         let now = clock::now();
-        let done = match self.pairing.end(stream, reason, now, now + UNSEEN) {
+        let done = match self.pairing.end(stream, reason, now, now + HANDSHAKE_MAX) {
             End::BySplice(facts) => Some((facts, Milestone::Told)),
             End::Here { facts, waiting } => {
                 self.report(&facts, unused(reason)).await;
@@ -328,8 +324,6 @@ impl Edge {
 
     /// The record of a joined stream, as far as it is known here: its first leg came soon after it was asked for.
     fn record(&self, facts: &StreamFacts) -> StreamRecord {
-        let age = clock::now().saturating_duration_since(facts.first_leg);
-        let created = UnixTime(clock::unix().0.saturating_sub(age.as_secs()));
         StreamRecord {
             version: record::VERSION,
             stream: facts.stream,
@@ -337,9 +331,9 @@ impl Edge {
             name: facts.name.clone(),
             credential: facts.credential.to_string(),
             owner: self.owner.clone(),
-            created,
-            expires: created.plus(HANDSHAKE_MAX),
-            state: StreamState::Joined { joined: created },
+            created: facts.first_leg,
+            expires: facts.first_leg.plus(HANDSHAKE_MAX),
+            state: StreamState::Joined { joined: facts.first_leg },
         }
     }
 
@@ -416,7 +410,7 @@ impl Edge {
         let record = self.advance(facts.stream, StreamState::Ended(end.clone())).await;
         let took = match &record {
             Some(record) => end.ended.since(record.created),
-            None => clock::now().saturating_duration_since(facts.first_leg),
+            None => clock::unix().since(facts.first_leg),
         };
         let subject = Subject {
             stream: Some(facts.stream),

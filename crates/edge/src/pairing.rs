@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use midspan_core::{
@@ -30,6 +30,8 @@ use crate::{
 /// What is known of a leg's connection, `L`, is handed from one leg to the other and not looked at.
 #[derive(Debug)]
 pub struct Pairing<L = Leg> {
+    /// What the milliseconds of its sessions are counted from.
+    start: Instant,
     streams: Mutex<Streams<L>>,
 }
 
@@ -62,20 +64,21 @@ pub struct StreamFacts {
     /// What its traces are found by.
     pub trace: TraceParent,
     /// When the first leg came.
-    pub first_leg: Instant,
+    pub first_leg: UnixTime,
     /// How far it has come.
     pub milestones: Milestones,
     /// The edges that pass its legs on below TLS, if any do.
     pub(crate) passers: Passers,
 }
 
+/// The map has a place for up to twice as many of them as there are streams, so it is small.
 #[derive(Debug)]
 struct Entry<L> {
     session: Session,
     /// Absent for a stream that ended before any leg came.
     facts: Option<Arc<StreamFacts>>,
-    waiting: Option<oneshot::Sender<L>>,
-    forget_at: Instant,
+    /// A leg that waits for the other one. Apart, because most streams have both.
+    waiting: Option<Box<oneshot::Sender<L>>>,
 }
 
 /// A leg's place in a stream. Frees it when dropped.
@@ -119,6 +122,12 @@ pub enum End {
 }
 
 impl<L> Pairing<L> {
+    /// Without streams. No moment that it is given later may be before `now`.
+    pub fn new(now: Instant) -> Self {
+        let streams = Streams { entry_by_stream: HashMap::new(), live: 0, late: Vec::new() };
+        Self { start: now, streams: Mutex::new(streams) }
+    }
+
     /// Takes a leg with a good ticket, at the moment `now`, when it is `unix` by the clock on the wall. An edge has `most`
     /// streams, half-open ones included.
     pub fn take(
@@ -129,7 +138,7 @@ impl<L> Pairing<L> {
         most: usize,
     ) -> Result<Place<L>, Problem> {
         let deadline = now + ticket.expires.since(unix);
-        match self.attach(ticket, now, deadline, deadline + LEEWAY, most) {
+        match self.attach(ticket, now, unix, deadline, most) {
             Some(Ok(place)) => Ok(place),
             Some(Err(AttachError::Taken)) => {
                 let detail = format!("the {} leg of this stream is attached already", ticket.role);
@@ -142,20 +151,20 @@ impl<L> Pairing<L> {
         }
     }
 
-    /// Gives a leg its place. `forget_at` is when its ticket is past use; `None` means there is no room.
+    /// Gives a leg its place, in a stream that must be joined before `deadline`; `None` means there is no room.
     fn attach(
         self: &Arc<Self>,
         ticket: &Ticket,
         now: Instant,
+        unix: UnixTime,
         deadline: Instant,
-        forget_at: Instant,
         most: usize,
     ) -> Option<Result<Place<L>, AttachError>> {
         let mut streams = self.streams();
         if streams.live >= most && !streams.entry_by_stream.contains_key(&ticket.stream) {
             return None;
         }
-        let entry = streams.entry(ticket.stream, now, || Entry::new(deadline, forget_at));
+        let entry = streams.entry(ticket.stream, self.moment(now), || Entry::new(self.moment(deadline)));
         let facts = Arc::clone(entry.facts.get_or_insert_with(|| {
             Arc::new(StreamFacts {
                 stream: ticket.stream,
@@ -164,7 +173,7 @@ impl<L> Pairing<L> {
                 credential: ticket.credential.as_str().into(),
                 credential_expires: ticket.credential_expires,
                 trace: ticket.trace,
-                first_leg: now,
+                first_leg: unix,
                 milestones: Milestones::default(),
                 passers: Passers::default(),
             })
@@ -177,14 +186,15 @@ impl<L> Pairing<L> {
         }))
     }
 
-    /// Ends a stream, whether it is known here or not.
-    pub fn end(&self, stream: StreamId, reason: CloseReason, now: Instant, forget_at: Instant) -> End {
+    /// Ends a stream, whether it is known here or not. One that is not is remembered while its tickets may be good, which is
+    /// until `expiry`.
+    pub fn end(&self, stream: StreamId, reason: CloseReason, now: Instant, expiry: Instant) -> End {
         let mut streams = self.streams();
         let ended = streams.entry_by_stream.len() - streams.live;
         if ended >= REMEMBERED_MAX && !streams.entry_by_stream.contains_key(&stream) {
             return End::Unseen;
         }
-        let entry = streams.entry(stream, now, || Entry::new(forget_at, forget_at));
+        let entry = streams.entry(stream, self.moment(now), || Entry::new(self.moment(expiry)));
         let joined = entry.session.state() == SessionState::Joined;
         let (_, new) = entry.session.end(reason);
         let facts = entry.facts.clone();
@@ -200,11 +210,12 @@ impl<L> Pairing<L> {
 
     /// Lets time pass: gives the streams whose handshake is over its time, and forgets those that nobody can ask for.
     pub fn sweep(&self, now: Instant) -> Vec<(Arc<StreamFacts>, CloseReason)> {
+        let now = self.moment(now);
         let mut streams = self.streams();
         let Streams { entry_by_stream, live, late } = &mut *streams;
         entry_by_stream.retain(|_, entry| {
             entry.expire(now, live, late);
-            !entry.is_over() || now < entry.forget_at
+            !entry.is_over() || now < entry.forget_at()
         });
         std::mem::take(late)
     }
@@ -232,21 +243,18 @@ impl<L> Pairing<L> {
         (streams.live - joined, joined)
     }
 
+    fn moment(&self, at: Instant) -> u64 {
+        milliseconds(at.saturating_duration_since(self.start))
+    }
+
     fn streams(&self) -> MutexGuard<'_, Streams<L>> {
         self.streams.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-impl<L> Default for Pairing<L> {
-    fn default() -> Self {
-        let streams = Streams { entry_by_stream: HashMap::new(), live: 0, late: Vec::new() };
-        Self { streams: Mutex::new(streams) }
-    }
-}
-
 impl<L> Streams<L> {
     /// The entry of a stream, made if there is none, with the time of `now`.
-    fn entry(&mut self, stream: StreamId, now: Instant, new: impl FnOnce() -> Entry<L>) -> &mut Entry<L> {
+    fn entry(&mut self, stream: StreamId, now: u64, new: impl FnOnce() -> Entry<L>) -> &mut Entry<L> {
         let Self { entry_by_stream, live, late } = self;
         let entry = entry_by_stream.entry(stream).or_insert_with(|| {
             *live += 1;
@@ -258,8 +266,17 @@ impl<L> Streams<L> {
 }
 
 impl<L> Entry<L> {
+    fn new(deadline: u64) -> Self {
+        Self { session: Session::new(deadline), facts: None, waiting: None }
+    }
+
+    /// When nobody can have a good ticket for it any more.
+    fn forget_at(&self) -> u64 {
+        self.session.deadline().saturating_add(milliseconds(LEEWAY))
+    }
+
     /// Ends the handshake if it is over its time: waiting legs are told, and the end is put aside to be reported.
-    fn expire(&mut self, now: Instant, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
+    fn expire(&mut self, now: u64, live: &mut usize, late: &mut Vec<(Arc<StreamFacts>, CloseReason)>) {
         if let Some(reason) = self.session.tick(now) {
             if let Some(facts) = self.facts.clone() {
                 facts.milestones.reach(Milestone::Ended);
@@ -274,15 +291,10 @@ impl<L> Entry<L> {
     }
 }
 
-impl<L> Entry<L> {
-    fn new(deadline: Instant, forget_at: Instant) -> Self {
-        Self { session: Session::new(deadline), facts: None, waiting: None, forget_at }
-    }
-}
-
 impl<L> Place<L> {
     /// The leg's WebSocket is open.
     pub fn ready(&self, leg: L, now: Instant) -> Next<L> {
+        let now = self.pairing.moment(now);
         let mut streams = self.pairing.streams();
         let Streams { entry_by_stream, live, late } = &mut *streams;
         let Some(entry) = entry_by_stream.get_mut(&self.facts.stream) else {
@@ -293,7 +305,7 @@ impl<L> Place<L> {
             Ready::Ended(reason) => Next::Ended(leg, reason),
             Ready::Waits => {
                 let (sender, receiver) = oneshot::channel();
-                entry.waiting = Some(sender);
+                entry.waiting = Some(Box::new(sender));
                 Next::Wait(leg, receiver)
             }
             Ready::Joined => {
@@ -381,10 +393,12 @@ impl<L> Drop for Place<L> {
     }
 }
 
+fn milliseconds(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
+
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use midspan_core::{id::Incarnation, ticket::Owner, trace::TraceParent};
     use midspan_platform::{
         clock,
@@ -398,7 +412,8 @@ mod tests {
 
     #[test]
     fn ended_streams_take_no_room() {
-        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let now = clock::now();
+        let pairing = Arc::new(Pairing::new(now));
         for n in 0..100 {
             let end = pairing.end(StreamId::from_random(n), CloseReason::DeviceOffline, now, now + HOUR);
             assert!(matches!(end, End::Unseen));
@@ -416,7 +431,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_leg_that_comes_behind_the_deadline_does_not_hide_that_the_other_one_waited_in_vain() {
-        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let now = clock::now();
+        let pairing = Arc::new(Pairing::new(now));
         let waiting = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
         assert!(matches!(waiting.ready(leg(Role::Service), now), Next::Wait(..)));
         let late = attach(&pairing, 1, Role::Device, now + HOUR, 10).unwrap();
@@ -434,7 +450,8 @@ mod tests {
 
     #[tokio::test]
     async fn the_second_leg_is_handed_to_the_first_and_the_first_end_stands() {
-        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let now = clock::now();
+        let pairing = Arc::new(Pairing::new(now));
         let first = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
         let Next::Wait(_, other) = first.ready(leg(Role::Device), now) else { panic!("it does not wait") };
         let second = attach(&pairing, 1, Role::Service, now, 10).unwrap().unwrap();
@@ -453,7 +470,8 @@ mod tests {
 
     #[tokio::test]
     async fn a_place_that_was_left_is_not_freed_again() {
-        let (pairing, now) = (Arc::new(Pairing::default()), clock::now());
+        let now = clock::now();
+        let pairing = Arc::new(Pairing::new(now));
         let mut broken = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
         assert!(broken.leave());
         let again = attach(&pairing, 1, Role::Device, now, 10).unwrap().unwrap();
@@ -485,7 +503,7 @@ mod tests {
             expires: UnixTime(1),
             trace: TraceParent::new(1, 1),
         };
-        pairing.attach(&ticket, now, now + HOUR, now + HOUR, most)
+        pairing.attach(&ticket, now, UnixTime(1), now + HOUR, most)
     }
 
     fn leg(role: Role) -> Leg {
