@@ -1,7 +1,7 @@
 //! Which legs are there, and who waits for whom.
 
 use std::{
-    collections::HashMap,
+    collections::BTreeMap,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     task::{Context, Poll},
     time::{Duration, Instant},
@@ -37,7 +37,8 @@ pub struct Pairing<L = Leg> {
 
 #[derive(Debug)]
 struct Streams<L> {
-    entry_by_stream: HashMap<StreamId, Entry<L>>,
+    /// A tree: a table is up to half empty, and keeps everybody waiting while it grows.
+    entry_by_stream: BTreeMap<StreamId, Entry<L>>,
     /// How many of them are not over.
     live: usize,
     /// Streams whose handshake was found to be over its time, and whose end is not reported yet.
@@ -71,7 +72,7 @@ pub struct StreamFacts {
     pub(crate) passers: Passers,
 }
 
-/// The map has a place for up to twice as many of them as there are streams, so it is small.
+/// There is one for each stream, so it is small.
 #[derive(Debug)]
 struct Entry<L> {
     session: Session,
@@ -124,7 +125,7 @@ pub enum End {
 impl<L> Pairing<L> {
     /// Without streams. No moment that it is given later may be before `now`.
     pub fn new(now: Instant) -> Self {
-        let streams = Streams { entry_by_stream: HashMap::new(), live: 0, late: Vec::new() };
+        let streams = Streams { entry_by_stream: BTreeMap::new(), live: 0, late: Vec::new() };
         Self { start: now, streams: Mutex::new(streams) }
     }
 
