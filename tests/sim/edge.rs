@@ -76,6 +76,10 @@ pub(crate) struct Edge {
 }
 
 impl Edge {
+    #[expect(
+        clippy::arc_with_non_send_sync,
+        reason = "the pairing wants an Arc, and the simulation's legs have one thread"
+    )]
     pub(crate) fn start(world: &Rc<World>, host: Host, owner: Owner, skew: i64) -> Rc<Self> {
         let edge = Rc::new(Self {
             world: Rc::clone(world),
