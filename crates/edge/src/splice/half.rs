@@ -44,7 +44,8 @@ thread_local! {
 fn with_scratch<T>(work: impl FnOnce(&mut Vec<u8>) -> T) -> T {
     SCRATCH.with_borrow_mut(|scratch| {
         if scratch.is_empty() {
-            scratch.resize(HEADROOM + HOLD + HEADER_MAX + PAGE + READ_MOST, 0);
+            // Zeroed by the kernel, page by page, when a page is first read to.
+            *scratch = vec![0; HEADROOM + HOLD + HEADER_MAX + PAGE + READ_MOST];
         }
         work(scratch)
     })
@@ -236,7 +237,8 @@ impl<IO: Pipe> Half<IO> {
                 to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
                 if to.owes() {
                     self.appetite = (self.appetite / 2).max(APPETITE_LEAST);
-                } else if read > 0 && end - start == read {
+                } else if read > 0 && end - start > read / 2 {
+                    // Half does for all: TLS gives whole records, without what they are wrapped in.
                     self.appetite = (self.appetite * 2).min(READ_MOST);
                 }
             }

@@ -22,6 +22,10 @@ pub(super) const HEADER: usize = 5;
 /// The most payload of one record, in bytes (RFC 8446, section 5.1).
 pub(super) const PAYLOAD_MAX: usize = 16 * 1024;
 
+/// The most payload of a record of ours, in bytes: with what is around it, it takes 16 KiB of memory, and what takes a
+/// little more than a power of two takes a quarter more of an allocator's.
+pub(super) const SEALED_MAX: usize = PAYLOAD_MAX - 32;
+
 /// The longest record, with what a cipher of TLS 1.2 may add (RFC 5246, section 6.2.3), in bytes.
 pub(super) const RECORD_MAX: usize = HEADER + PAYLOAD_MAX + 2048;
 
@@ -266,18 +270,18 @@ impl Session {
         Ok(Opened::KeyUpdate { requested })
     }
 
-    /// Makes records of `payload`.
+    /// Makes records of `payload`, and appends them to `sealed`.
     ///
     /// Keys that have sealed as much as they may are replaced. Fails, before anything is sealed, where TLS 1.2 has no
     /// means for that.
-    pub(super) fn seal(&mut self, payload: &[u8]) -> Result<Vec<Vec<u8>>, Error> {
-        let records = payload.len().div_ceil(PAYLOAD_MAX) as u64;
+    pub(super) fn seal(&mut self, payload: &[u8], sealed: &mut Vec<Vec<u8>>) -> Result<(), Error> {
+        let records = payload.len().div_ceil(SEALED_MAX) as u64;
         // One more is left for the end.
         if !self.is_tls13() && self.sealed_max - self.sealed <= records {
             return Err(Error::EncryptError);
         }
-        let mut sealed = Vec::with_capacity(payload.len().div_ceil(PAYLOAD_MAX));
-        for payload in payload.chunks(PAYLOAD_MAX) {
+        sealed.reserve_exact(payload.len().div_ceil(SEALED_MAX));
+        for payload in payload.chunks(SEALED_MAX) {
             if self.is_tls13() && self.sealed_max - self.sealed <= 2 {
                 sealed.push(self.update_keys()?);
             }
@@ -288,7 +292,7 @@ impl Session {
             let pieces = &pieces[..payload.len().div_ceil(COPY)];
             sealed.push(self.seal_record(ContentType::ApplicationData, OutboundChunks::new(pieces))?);
         }
-        Ok(sealed)
+        Ok(())
     }
 
     /// Says that new keys are used from here on.

@@ -1,8 +1,8 @@
 //! A TLS session as a stream of bytes.
 //!
-//! Records are read into a buffer of the thread, opened there, and their payload goes straight to the reader; the records
-//! of what is written leave in one write. A session keeps bytes of its own only for a record that is not whole, for a
-//! reader that takes less than a record, and for a socket that takes nothing.
+//! Records are read to where the reader wants their payload, and opened there; the records of what is written leave in
+//! one write. A session keeps bytes of its own only for a record that is not whole, for a reader that has less room than a
+//! record takes, and for a socket that takes nothing.
 
 use std::{
     cell::RefCell,
@@ -18,21 +18,16 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     handshake::{self, Done, Turns, broken, truncated},
-    session::{COPY, Fatal, Opened, RECORD_MAX, Session, append},
+    session::{Fatal, Opened, RECORD_MAX, Session, append},
 };
-
-/// The most that is read from the socket at once, in bytes.
-const READ: usize = 1024 * 1024;
-
-/// The least that is read from the socket at once, in bytes.
-const READ_LEAST: usize = 1024;
 
 /// The most payload that is sealed and written at once, in bytes: what one read gave, a frame that was kept before it, and
 /// new headers.
-pub(super) const SEAL: usize = READ + 128 * 1024;
+pub(super) const SEAL: usize = 1024 * 1024 + 128 * 1024;
 
 thread_local! {
-    static OPENED: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+    /// Where records are opened for a reader that has less room than one takes.
+    static RECORD: RefCell<[u8; RECORD_MAX]> = const { RefCell::new([0; RECORD_MAX]) };
 }
 
 /// A TLS session over `S`.
@@ -43,8 +38,9 @@ pub struct TlsStream<S> {
     incoming: Vec<u8>,
     /// Payload that the reader had no room for.
     opened: Vec<u8>,
-    /// Records that the socket has not taken, from `written` on.
-    outgoing: Vec<u8>,
+    /// Records that the socket has not taken.
+    outgoing: Vec<Vec<u8>>,
+    /// How much of the first one it has.
     written: usize,
     /// Whether they are what the handshake has left, which is in no hurry: a write and a wake-up less for both ends when
     /// it goes with the first payload.
@@ -94,14 +90,17 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             incoming: Vec::new(),
             opened: Vec::new(),
             tickets: !outgoing.is_empty(),
-            outgoing,
+            outgoing: if outgoing.is_empty() { Vec::new() } else { vec![outgoing] },
             written: 0,
             answering: false,
             peer_closed: false,
             closed: false,
             failure: None,
         };
-        stream.open(&mut incoming, &mut ReadBuf::new(&mut []));
+        let opened = stream.open(&mut incoming);
+        incoming.truncate(opened);
+        incoming.shrink_to_fit();
+        stream.opened = incoming;
         stream
     }
 
@@ -129,50 +128,61 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
 
     /// How many bytes it keeps, of what was written to it and of what came in.
     pub fn backlog(&self) -> usize {
-        self.outgoing.capacity() + self.incoming.capacity() + self.opened.capacity()
+        let outgoing: usize = self.outgoing.iter().map(Vec::capacity).sum();
+        outgoing + self.incoming.capacity() + self.opened.capacity()
     }
 
     /// Reads from the socket once, and opens what is whole into `reader`.
     fn poll_open(&mut self, cx: &mut Context<'_>, reader: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if reader.remaining() >= RECORD_MAX {
+            let opened = ready!(self.poll_open_in(cx, reader.initialize_unfilled()))?;
+            reader.advance(opened);
+            return Poll::Ready(Ok(()));
+        }
         // To the end of a record, so that small reads of the caller do not make small reads of the socket.
-        let kept = self.incoming.len();
-        let room = reader.remaining().max(RECORD_MAX.saturating_sub(kept)).clamp(READ_LEAST, READ);
-        OPENED.with_borrow_mut(|buffer| {
-            if buffer.len() < kept + room {
-                buffer.resize(kept + room, 0);
-            }
-            let mut read = ReadBuf::new(&mut buffer[kept..kept + room]);
-            ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
-            let end = kept + read.filled().len();
-            if end == kept {
-                return Poll::Ready(Err(truncated()));
-            }
-            buffer[..kept].copy_from_slice(&self.incoming);
-            self.open(&mut buffer[..end], reader);
+        RECORD.with_borrow_mut(|record| {
+            let opened = ready!(self.poll_open_in(cx, record))?;
+            let (now, later) = record[..opened].split_at(opened.min(reader.remaining()));
+            reader.put_slice(now);
+            append(&mut self.opened, later);
             Poll::Ready(Ok(()))
         })
     }
 
-    /// Opens the whole ones of `records` into `reader`, and keeps what is left.
-    fn open(&mut self, records: &mut [u8], reader: &mut ReadBuf<'_>) {
-        let mut used = 0;
+    /// Reads from the socket once, into `buffer`, which has room for a record, and says how much payload stands at its
+    /// start then.
+    fn poll_open_in(&mut self, cx: &mut Context<'_>, buffer: &mut [u8]) -> Poll<io::Result<usize>> {
+        let kept = self.incoming.len();
+        let mut read = ReadBuf::new(&mut buffer[kept..]);
+        ready!(Pin::new(&mut self.socket).poll_read(cx, &mut read))?;
+        let end = kept + read.filled().len();
+        if end == kept {
+            return Poll::Ready(Err(truncated()));
+        }
+        buffer[..kept].copy_from_slice(&self.incoming);
+        Poll::Ready(Ok(self.open(&mut buffer[..end])))
+    }
+
+    /// Opens the whole ones of `records`, keeps what is left, and says how much payload stands at the start then.
+    fn open(&mut self, records: &mut [u8]) -> usize {
+        let start = records.as_ptr().addr();
+        let (mut used, mut opened) = (0, 0);
         while !self.peer_closed && self.failure.is_none() {
             match self.session.open(&mut records[used..]) {
                 Ok(None) => break,
-                Ok(Some((size, opened))) => {
-                    used += size;
-                    match opened {
+                Ok(Some((size, found))) => {
+                    match found {
                         Opened::Payload(payload) => {
-                            let (now, later) = payload.split_at(payload.len().min(reader.remaining()));
-                            now.chunks(COPY).for_each(|piece| reader.put_slice(piece));
-                            append(&mut self.opened, later);
+                            let (from, length) = (payload.as_ptr().addr() - start, payload.len());
+                            records.copy_within(from..from + length, opened);
+                            opened += length;
                         }
                         Opened::KeyUpdate { requested } => {
                             // One answer does for all that were asked before it leaves (RFC 8446, section 4.6.3).
                             if requested && !self.answering && !self.closed {
                                 self.answering = true;
                                 match self.session.update_keys() {
-                                    Ok(record) => append(&mut self.outgoing, &record),
+                                    Ok(record) => self.outgoing.push(record),
                                     Err(error) => self.fail(error.into()),
                                 }
                             }
@@ -180,6 +190,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
                         Opened::Closed => self.peer_closed = true,
                         Opened::Nothing => {}
                     }
+                    used += size;
                 }
                 Err(fatal) => self.fail(fatal),
             }
@@ -190,6 +201,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             // No more than that: thousands of streams may keep the start of a record for long.
             self.incoming = records[used..].to_vec();
         }
+        opened
     }
 
     /// Ends the session, which the peer is told in our last record.
@@ -198,7 +210,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
             && !self.closed
             && let Ok(record) = self.session.alert(alert)
         {
-            append(&mut self.outgoing, &record);
+            self.outgoing.push(record);
             self.answering = true;
         }
         self.closed = true;
@@ -208,36 +220,25 @@ impl<S: AsyncRead + AsyncWrite + Unpin> TlsStream<S> {
     /// Writes what is outgoing.
     fn poll_send(&mut self, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.tickets = false;
-        while self.written < self.outgoing.len() {
-            let bytes = &self.outgoing[self.written..];
-            let written = ready!(Pin::new(&mut self.socket).poll_write(cx, bytes))?;
+        while !self.outgoing.is_empty() {
+            let mut records: Vec<_> = self.outgoing.iter().map(|record| IoSlice::new(record)).collect();
+            records[0].advance(self.written);
+            let written = ready!(Pin::new(&mut self.socket).poll_write_vectored(cx, &records))?;
             if written == 0 {
                 return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
             }
             self.written += written;
-        }
-        if self.written > 0 {
-            (self.outgoing, self.written, self.answering) = (Vec::new(), 0, false);
-        }
-        Poll::Ready(Ok(()))
-    }
-
-    /// Writes records of payload, of which `outgoing` keeps what the socket does not take.
-    fn send(&mut self, cx: &mut Context<'_>, records: &[Vec<u8>]) -> io::Result<()> {
-        let mut slices: Vec<_> = records.iter().map(|record| IoSlice::new(record)).collect();
-        let mut rest = slices.as_mut_slice();
-        while !rest.is_empty() {
-            match Pin::new(&mut self.socket).poll_write_vectored(cx, rest) {
-                Poll::Ready(Ok(0)) => return Err(io::ErrorKind::WriteZero.into()),
-                Poll::Ready(written) => IoSlice::advance_slices(&mut rest, written?),
-                Poll::Pending => break,
+            let mut whole = 0;
+            while let Some(record) = self.outgoing.get(whole)
+                && self.written >= record.len()
+            {
+                self.written -= record.len();
+                whole += 1;
             }
+            self.outgoing.drain(..whole);
         }
-        self.outgoing.reserve_exact(rest.iter().map(|slice| slice.len()).sum());
-        for slice in rest {
-            append(&mut self.outgoing, slice);
-        }
-        Ok(())
+        (self.outgoing, self.answering) = (Vec::new(), false);
+        Poll::Ready(Ok(()))
     }
 }
 
@@ -287,11 +288,10 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
             return Poll::Ready(Ok(0));
         }
         let payload = &bytes[..bytes.len().min(SEAL)];
-        let mut records = self.session.seal(payload).map_err(broken)?;
-        if std::mem::take(&mut self.tickets) {
-            records.insert(0, std::mem::take(&mut self.outgoing));
-        }
-        self.send(cx, &records)?;
+        let stream = &mut *self;
+        stream.session.seal(payload, &mut stream.outgoing).map_err(broken)?;
+        // What the socket does not take is kept.
+        let _ = stream.poll_send(cx)?;
         Poll::Ready(Ok(payload.len()))
     }
 
@@ -306,7 +306,7 @@ impl<S: AsyncRead + AsyncWrite + Unpin> AsyncWrite for TlsStream<S> {
         let stream = &mut *self;
         if !stream.closed {
             stream.closed = true;
-            append(&mut stream.outgoing, &stream.session.close().map_err(broken)?);
+            stream.outgoing.push(stream.session.close().map_err(broken)?);
         }
         ready!(self.poll_send(cx))?;
         Pin::new(&mut self.socket).poll_shutdown(cx)

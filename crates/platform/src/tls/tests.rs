@@ -24,7 +24,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use super::{
     TlsStream, Turns, configure,
     handshake::for_client,
-    session::{PAYLOAD_MAX, decrypter, encrypter, plain, record},
+    session::{PAYLOAD_MAX, SEALED_MAX, decrypter, encrypter, plain, record},
     stream::SEAL,
 };
 
@@ -886,8 +886,8 @@ fn keys_that_have_sealed_enough_are_replaced() {
     let mut pair = Configs::new(&TLS13).connect();
     pair.server.session.limit(10);
     for _ in 0..100 {
-        pair.server_writes_all(&vec![1; 3 * PAYLOAD_MAX]);
-        assert_eq!(pair.client_reads_all().0, vec![1; 3 * PAYLOAD_MAX]);
+        pair.server_writes_all(&vec![1; 3 * SEALED_MAX]);
+        assert_eq!(pair.client_reads_all().0, vec![1; 3 * SEALED_MAX]);
         assert!(pair.server.session.sealed() < 10);
     }
     pair.assert_both_ways();
@@ -898,10 +898,10 @@ fn a_session_whose_keys_cannot_be_replaced_ends_when_they_have_sealed_enough() {
     let mut pair = Configs::new(&TLS12).connect();
     pair.server.session.limit(5);
     // The handshake took the first.
-    pair.server_writes_all(&vec![1; 3 * PAYLOAD_MAX]);
+    pair.server_writes_all(&vec![1; 3 * SEALED_MAX]);
     assert!(pair.server_writes(b"x").unwrap().is_err());
     pair.server_shuts_down();
-    assert_eq!(pair.client_reads_all(), (vec![1; 3 * PAYLOAD_MAX], true));
+    assert_eq!(pair.client_reads_all(), (vec![1; 3 * SEALED_MAX], true));
 }
 
 #[test]
