@@ -37,16 +37,19 @@ const INSTRUCTIONS: [Gate; 2] = [
     gate("user instructions per 64-byte message", 150.0, Some(250.0)),
     gate("user instructions per byte at 16 KiB", 0.12, Some(0.12)),
 ];
-const CALLS: [Gate; 3] = [
+const CALLS: [Gate; 4] = [
     gate("system calls per 64-byte message, one at a time", 3.5, None),
     // These two depend on how much a socket holds when it is looked at. A relay that writes each message by itself has more than
     // 65,000 calls, and 64 writes per read.
     gate("system calls per GiB at 16 KiB", 15_000.0, None),
     gate("writes per read at 16 KiB", 3.0, None),
+    gate("system calls per GiB at 16 KiB, TLS", 15_000.0, None),
 ];
 const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.6, Some(2.0))];
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
 const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 12.0, Some(16.0))];
+const PEAK_TLS: [Gate; 1] =
+    [gate("MiB at the most with four streams of 64 MiB messages, TLS", 12.0, Some(16.0))];
 const READERS: [Gate; 2] = [
     gate("MiB more while 1,000 readers do not read", 125.0, None),
     gate("MiB more at the most, until they have read everything", 140.0, None),
@@ -76,10 +79,12 @@ pub(crate) fn run(folder: &Path, certificate: &Certificate) -> Result<()> {
             .and_then(|one| one.context("valgrind is not installed"))
             .map(|one| [one.per_small_message, one.per_byte]),
     );
-    table.add(CALLS, least_calls(folder));
+    table.add(CALLS, least_calls(folder, certificate));
     table.add(IDLE_PLAINTEXT, idle(Variant::Midspan));
     table.add(IDLE_TLS, idle(Variant::MidspanTls));
-    table.add(PEAK, peak::measure(Variant::Midspan, folder, certificate).map(|one| [one.mib]));
+    let peak = |variant| peak::measure(variant, folder, certificate).map(|one| [one.mib]);
+    table.add(PEAK, peak(Variant::Midspan));
+    table.add(PEAK_TLS, peak(Variant::MidspanTls));
     table.add(
         READERS,
         stalled::measure(Variant::Midspan, STALLED, folder, certificate).map(|one| [one.held, one.peak]),
@@ -97,11 +102,11 @@ pub(crate) fn run(folder: &Path, certificate: &Certificate) -> Result<()> {
 }
 
 /// The least of some tries: other work on the machine only adds calls, by putting the relay to sleep more often.
-fn least_calls(folder: &Path) -> Result<[f64; 3]> {
-    let mut least = [f64::INFINITY; 3];
+fn least_calls(folder: &Path, certificate: &Certificate) -> Result<[f64; 4]> {
+    let mut least = [f64::INFINITY; 4];
     for _ in 0..TRIES {
-        let one = calls::measure(folder)?;
-        let figures = [one.per_small_message, one.per_gib, one.writes_per_read];
+        let one = calls::measure(folder, certificate)?;
+        let figures = [one.per_small_message, one.per_gib, one.writes_per_read, one.per_gib_tls];
         least = std::array::from_fn(|place| least[place].min(figures[place]));
     }
     Ok(least)

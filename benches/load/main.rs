@@ -274,7 +274,7 @@ fn run(arguments: Arguments) -> Result<()> {
         }
         Measurement::EndToEnd(arguments) => end_to_end(&arguments, folder, certificate),
         Measurement::Calls => {
-            text::print(&text::calls(&calls::measure(folder)?));
+            text::print(&text::calls(&calls::measure(folder, certificate)?));
             Ok(())
         }
         Measurement::Gates => gates::run(folder, certificate),

@@ -66,10 +66,16 @@ impl Relay {
         Ok(Self { variant, kind, tls: tls.map(|tls| Arc::clone(&tls.client)), pairs: 0 })
     }
 
-    /// Starts Midspan without TLS under something.
-    pub(crate) fn start_midspan(folder: &Path, name: &str, under: Under<'_>) -> Result<Self> {
-        let kind = Kind::Midspan(Box::new(Midspan::start(folder, name, None, under)?));
-        Ok(Self { variant: Variant::Midspan, kind, tls: None, pairs: 0 })
+    /// Starts Midspan under something, with TLS if there is a certificate.
+    pub(crate) fn start_midspan(
+        folder: &Path,
+        name: &str,
+        tls: Option<&Certificate>,
+        under: Under<'_>,
+    ) -> Result<Self> {
+        let variant = if tls.is_some() { Variant::MidspanTls } else { Variant::Midspan };
+        let kind = Kind::Midspan(Box::new(Midspan::start(folder, name, tls, under)?));
+        Ok(Self { variant, kind, tls: tls.map(|tls| Arc::clone(&tls.client)), pairs: 0 })
     }
 
     /// Asks it to end, and waits until it has.

@@ -13,6 +13,7 @@ use crate::{
     midspan::Under,
     number::{GIB, count, float},
     relays::{Pairs, Relay},
+    tls::Certificate,
 };
 
 /// What a run gave.
@@ -24,6 +25,8 @@ pub(crate) struct Calls {
     pub(crate) per_gib: f64,
     /// Writes for each read there, those without success left out. A write that a socket takes in two parts counts twice.
     pub(crate) writes_per_read: f64,
+    /// All calls for each GiB in the same messages with TLS.
+    pub(crate) per_gib_tls: f64,
 }
 
 /// Repetitions. What a process needs once falls out of the difference.
@@ -37,11 +40,12 @@ const WRITES: [&str; 4] = ["write", "writev", "sendto", "sendmsg"];
 /// Calls and errors by name.
 type Counts = BTreeMap<String, [u64; 2]>;
 
-pub(crate) fn measure(folder: &Path) -> Result<Calls> {
+pub(crate) fn measure(folder: &Path, certificate: &Certificate) -> Result<Calls> {
     let small = Pattern::single(Case::Bytes64.payload());
-    let one_by_one = difference(|times| run(folder, |pairs| in_turn(pairs, &small, times)))?;
+    let one_by_one = difference(|times| run(folder, None, |pairs| in_turn(pairs, &small, times)))?;
     let large = Pattern::new(Case::KiB16.payload());
-    let streaming = difference(|times| run(folder, |pairs| carry(pairs, &large, times)))?;
+    let stream = |tls| difference(|times| run(folder, tls, |pairs| carry(pairs, &large, times)));
+    let (streaming, with_tls) = (stream(None)?, stream(Some(certificate))?);
     let succeeded = |names: [&str; 4]| {
         let of = |name| streaming.get(name).map_or(0, |[calls, errors]| calls.saturating_sub(*errors));
         float(names.into_iter().map(of).sum())
@@ -52,6 +56,7 @@ pub(crate) fn measure(folder: &Path) -> Result<Calls> {
         per_small_message: total(&one_by_one) / float(MANY - FEW),
         per_gib: total(&streaming) / gib,
         writes_per_read: succeeded(WRITES) / succeeded(READS),
+        per_gib_tls: total(&with_tls) / gib,
     })
 }
 
@@ -79,10 +84,14 @@ fn difference(run: impl Fn(u64) -> Result<Counts>) -> Result<Counts> {
 }
 
 /// All calls of a relay's life in which it did some work.
-fn run(folder: &Path, work: impl FnOnce(&mut Pairs) -> Result<()>) -> Result<Counts> {
+fn run(
+    folder: &Path,
+    tls: Option<&Certificate>,
+    work: impl FnOnce(&mut Pairs) -> Result<()>,
+) -> Result<Counts> {
     let out = folder.join("strace.out");
     fs::write(&out, "")?;
-    let mut relay = Relay::start_midspan(folder, "calls", Under::Strace(&out))?;
+    let mut relay = Relay::start_midspan(folder, "calls", tls, Under::Strace(&out))?;
     let mut pairs = relay.open(1)?;
     work(&mut pairs)?;
     drop(pairs);

@@ -55,7 +55,7 @@ pub(crate) fn measure(folder: &Path) -> Result<Option<Instructions>> {
 /// All instructions of a relay's life in which it carried the pattern some times.
 fn run(folder: &Path, pattern: &Pattern, times: u64) -> Result<u64> {
     let out = folder.join("callgrind.out");
-    let mut relay = Relay::start_midspan(folder, "instructions", Under::Callgrind(&out))?;
+    let mut relay = Relay::start_midspan(folder, "instructions", None, Under::Callgrind(&out))?;
     let mut pairs = relay.open(1)?;
     carry(&mut pairs, pattern, times)?;
     drop(pairs);

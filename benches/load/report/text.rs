@@ -101,10 +101,10 @@ pub(crate) fn stalled(one: &Stalled) -> String {
 
 /// What strace counted.
 pub(crate) fn calls(one: &Calls) -> String {
-    let Calls { per_small_message, per_gib, writes_per_read } = one;
+    let Calls { per_small_message, per_gib, writes_per_read, per_gib_tls } = one;
     format!(
         "system calls: {per_small_message:.2} per 64-byte message, one at a time; {per_gib:.0} per GiB at 16 KiB, \
-         {writes_per_read:.2} writes per read"
+         {writes_per_read:.2} writes per read; {per_gib_tls:.0} per GiB with TLS"
     )
 }
 
