@@ -97,7 +97,8 @@ fn turn(pairs: &mut Pairs, time: Duration) -> Result<f64> {
     Ok(rounds::median(times))
 }
 
-fn round_trip(
+/// One message there, and one back.
+pub(crate) fn round_trip(
     one: &mut Connection,
     other: &mut Connection,
     pattern: &Pattern,
