@@ -47,9 +47,9 @@ const CALLS: [Gate; 4] = [
 ];
 const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.6, Some(2.0))];
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
-const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 12.0, Some(16.0))];
+const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 13.0, Some(16.0))];
 const PEAK_TLS: [Gate; 1] =
-    [gate("MiB at the most with four streams of 64 MiB messages, TLS", 9.0, Some(16.0))];
+    [gate("MiB at the most with four streams of 64 MiB messages, TLS", 14.0, Some(16.0))];
 const READERS: [Gate; 2] = [
     gate("MiB more while 1,000 readers do not read", 125.0, None),
     gate("MiB more at the most, until they have read everything", 140.0, None),

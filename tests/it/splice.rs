@@ -134,7 +134,7 @@ async fn splice(
     limits: Limits,
     end: impl Future<Output = CloseReason>,
 ) -> Spliced {
-    let shared = Shared::new(BUFFERED, &Metrics::new());
+    let shared = Shared::new(1, BUFFERED, &Metrics::new());
     let mut stream = Splice::new(service, device, early, shared, Arc::new(limits), None);
     let ending = stream.run(pin!(end)).await;
     let spliced = Spliced { reason: ending.reason(), bytes_to_device: stream.payload().0 };

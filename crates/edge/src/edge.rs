@@ -122,7 +122,11 @@ impl Edge {
             &[("edge", &parts.owner.name), ("incarnation", &parts.owner.incarnation.to_string())],
         );
         let edge = Arc::new(Self {
-            splices: splice::Shared::new(parts.settings.max_buffered_mib * MIB, &parts.metrics),
+            splices: splice::Shared::new(
+                parts.threads.count(),
+                parts.settings.max_buffered_mib * MIB,
+                &parts.metrics,
+            ),
             limits: Arc::new(Limits {
                 ping: parts.settings.leg_ping,
                 silence: parts.settings.leg_silence,

@@ -19,4 +19,5 @@ pub mod rendezvous;
 pub mod secrets;
 pub mod telemetry;
 pub mod tls;
+pub mod unsent;
 pub mod watched;

@@ -9,7 +9,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use midspan_platform::clock;
+use midspan_platform::{clock, unsent::Unsent};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
@@ -52,9 +52,8 @@ where
 
 /// One direction.
 struct Piped {
-    /// What the other side has not taken yet, from `taken` on.
-    rest: Vec<u8>,
-    taken: usize,
+    /// What the other side has not taken yet.
+    rest: Unsent,
     kept: Kept,
     unflushed: bool,
     ended: bool,
@@ -87,8 +86,9 @@ impl Piped {
         let mut kept = Kept::new(shared);
         kept.set(early.len());
         let bytes = early.len() as u64;
-        let (rest, moved) = (early.into(), clock::now());
-        Self { rest, taken: 0, kept, unflushed: false, ended: false, shut: false, bytes, moved }
+        let (mut rest, moved) = (Unsent::default(), clock::now());
+        rest.push(early.into());
+        Self { rest, kept, unflushed: false, ended: false, shut: false, bytes, moved }
     }
 
     /// Moves bytes until one side is not ready. Ready once `from` has ended and `to` knows it.
@@ -121,18 +121,11 @@ impl Piped {
     where
         To: AsyncWrite + ?Sized,
     {
-        while self.taken < self.rest.len() {
-            let taken = std::task::ready!(to.as_mut().poll_write(cx, &self.rest[self.taken..]))?;
-            if taken == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            self.taken += taken;
+        while !self.rest.is_empty() {
+            std::task::ready!(self.rest.poll_write(to.as_mut(), cx))?;
+            self.kept.set(self.rest.memory());
             self.moved = clock::now();
             self.unflushed = true;
-        }
-        if !self.rest.is_empty() {
-            (self.rest, self.taken) = (Vec::new(), 0);
-            self.kept.set(0);
         }
         if self.unflushed {
             std::task::ready!(to.poll_flush(cx))?;
@@ -172,8 +165,8 @@ impl Piped {
             };
             self.unflushed = true;
             if taken < read.len() {
-                self.rest.extend_from_slice(&read[taken..]);
-                self.kept.set(self.rest.len());
+                self.rest.append(&read[taken..]);
+                self.kept.set(self.rest.memory());
             }
             Poll::Ready(Ok(()))
         })
@@ -211,7 +204,7 @@ mod tests {
     }
 
     fn piped_within(room: usize, early: [&'static str; 2], limits: Limits) -> Piped {
-        let shared = Shared::new(64 * MIB, &Metrics::new());
+        let shared = Shared::new(1, 16 * MIB, &Metrics::new());
         let ((leg, leg_here), (owner, owner_here)) = (duplex(room), duplex(room));
         let (share, early) = (shared.clone(), early.map(|text| Bytes::from_static(text.as_bytes())));
         let mut ended = JoinSet::new();

@@ -18,7 +18,7 @@ use midspan_core::{
     },
     id::Role,
 };
-use midspan_platform::{clock, listener::Connection};
+use midspan_platform::{clock, listener::Connection, unsent::Unsent};
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
     time::timeout,
@@ -33,8 +33,12 @@ use crate::{leg::FAREWELL, moderation, vitals::Seen};
 /// A leg for which so many bytes of pings and pongs wait is not read from, not even for the pings that it sends.
 const OWN_MAX: usize = 64 * 1024;
 
-/// What a stream reads at once from a leg at first, and while its other leg is slow, in bytes.
+/// What a stream reads at once from a leg at first, and at the least, in bytes.
 const APPETITE_LEAST: usize = 64 * 1024;
+
+/// By which part of itself that grows after a read that filled it and was passed on whole. By much, and what a slow leg does
+/// not take would be much, too.
+const APPETITE_GROWTH: usize = 4;
 
 thread_local! {
     /// Where the streams of a thread read to, one after the other: what was kept of a leg's input, then one read.
@@ -102,7 +106,7 @@ pub(super) struct Half<IO> {
     hold: bool,
     /// Whether its input was there at the last tick.
     waited: bool,
-    /// How much is read from it at once: less while its peer does not take that much.
+    /// How much is read from it at once: what its peer took when it last took less than all, and growing since then.
     appetite: usize,
     /// How often it was read from in a row, without anything from the other leg.
     unanswered: u8,
@@ -128,9 +132,8 @@ struct Backlog {
     input: Vec<u8>,
     /// How long `input` has to become for another look at it to be worth while; 0 for one look at once.
     wanted: usize,
-    /// What is to be sent, from `written` on.
-    output: Vec<u8>,
-    written: usize,
+    /// What is to be sent.
+    output: Unsent,
     /// How many bytes of `output` are the relay's own pings and pongs.
     own: usize,
     /// Whether the connection itself still keeps something.
@@ -140,12 +143,8 @@ struct Backlog {
 }
 
 impl Backlog {
-    fn left(&self) -> &[u8] {
-        &self.output[self.written..]
-    }
-
     fn owes(&self) -> bool {
-        self.unflushed || !self.left().is_empty()
+        self.unflushed || !self.output.is_empty()
     }
 }
 
@@ -234,12 +233,12 @@ impl<IO: Pipe> Half<IO> {
             if !passage.output().is_empty() {
                 to.seen.sent = true;
                 to.addressed = true;
-                to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
+                let taken = to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
                 if to.owes() {
-                    self.appetite = (self.appetite / 2).max(APPETITE_LEAST);
+                    self.appetite = taken.max(self.appetite / 2).clamp(APPETITE_LEAST, READ_MOST);
                 } else if read > 0 && end - start > read / 2 {
                     // Half does for all: TLS gives whole records, without what they are wrapped in.
-                    self.appetite = (self.appetite * 2).min(READ_MOST);
+                    self.appetite = (self.appetite + self.appetite / APPETITE_GROWTH).min(READ_MOST);
                 }
             }
             translated?;
@@ -299,8 +298,8 @@ impl<IO: Pipe> Half<IO> {
         }
     }
 
-    /// Writes to this leg, which owes nothing, and keeps what it does not take.
-    fn send(&mut self, bytes: &[u8], cx: &mut Context<'_>) -> io::Result<()> {
+    /// Writes to this leg, which owes nothing, and keeps what it does not take. About how many bytes the network took.
+    fn send(&mut self, bytes: &[u8], cx: &mut Context<'_>) -> io::Result<usize> {
         let mut sent = 0;
         while sent < bytes.len() {
             match Pin::new(&mut self.io).poll_write(cx, &bytes[sent..]) {
@@ -315,31 +314,22 @@ impl<IO: Pipe> Half<IO> {
         let flushed = Pin::new(&mut self.io).poll_flush(cx)?;
         if sent < bytes.len() || flushed.is_pending() {
             let backlog = self.backlog.get_or_insert_default();
-            backlog.output.extend_from_slice(&bytes[sent..]);
+            backlog.output.append(&bytes[sent..]);
             backlog.unflushed = true;
             backlog.blocked = backlog.blocked.or(Some(clock::now()));
         }
-        Ok(())
-    }
-
-    /// Where what it has to be sent is put.
-    fn output(&mut self) -> &mut Vec<u8> {
-        &mut self.backlog.get_or_insert_default().output
+        Ok(sent.saturating_sub(self.io.backlog()))
     }
 
     /// Writes what this leg is owed. Ready once nothing is.
     fn poll_drain(&mut self, shared: &Shared, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         let Some(backlog) = self.backlog.as_deref_mut() else { return Poll::Ready(Ok(())) };
-        while !backlog.left().is_empty() {
-            let written = ready!(Pin::new(&mut self.io).poll_write(cx, backlog.left()))?;
-            if written == 0 {
-                return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
-            }
-            backlog.written += written;
+        while !backlog.output.is_empty() {
+            ready!(backlog.output.poll_write(Pin::new(&mut self.io), cx))?;
             backlog.unflushed = true;
             self.seen.took = true;
         }
-        (backlog.output, backlog.written, backlog.own) = (Vec::new(), 0, 0);
+        backlog.own = 0;
         if backlog.unflushed {
             ready!(Pin::new(&mut self.io).poll_flush(cx))?;
             backlog.unflushed = false;
@@ -451,13 +441,11 @@ impl<IO: Pipe> Half<IO> {
 
     fn put_own(&mut self, opcode: Opcode, payload: &[u8]) {
         let backlog = self.backlog.get_or_insert_default();
-        let before = backlog.output.len();
-        put_frame(&mut backlog.output, opcode, true, payload);
-        backlog.own += backlog.output.len() - before;
+        backlog.own += backlog.output.put(|output| put_frame(output, opcode, true, payload));
     }
 
     pub(super) fn put_close(&mut self, frame: CloseFrame<'_>) {
-        put_close(self.output(), frame);
+        self.backlog.get_or_insert_default().output.put(|output| put_close(output, frame));
     }
 
     /// Tells this leg why the stream is over; with the error, if it is this leg's.
@@ -481,7 +469,7 @@ impl<IO: Pipe> Half<IO> {
     /// How much memory its bytes take.
     pub(super) fn kept(&self) -> usize {
         let backlog =
-            self.backlog.as_deref().map_or(0, |backlog| backlog.input.capacity() + backlog.output.capacity());
+            self.backlog.as_deref().map_or(0, |backlog| backlog.input.capacity() + backlog.output.memory());
         backlog + self.io.backlog()
     }
 

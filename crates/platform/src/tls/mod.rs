@@ -11,8 +11,8 @@ mod client_tests;
 #[cfg(test)]
 mod tests;
 
-pub(crate) use self::hello::asked_name;
 pub use self::{handshake::Turns, stream::TlsStream};
+pub(crate) use self::{hello::asked_name, session::SEALED_MAX};
 
 use std::{
     fmt,

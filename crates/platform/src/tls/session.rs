@@ -15,6 +15,7 @@ use rustls::{
 };
 
 use super::secrets::{Secrets, update};
+use crate::unsent::Unsent;
 
 /// The type, the version and the length that stand before each record, in bytes.
 pub(super) const HEADER: usize = 5;
@@ -24,7 +25,7 @@ pub(super) const PAYLOAD_MAX: usize = 16 * 1024;
 
 /// The most payload of a record of ours, in bytes: with what is around it, it takes 16 KiB of memory, and what takes a
 /// little more than a power of two takes a quarter more of an allocator's.
-pub(super) const SEALED_MAX: usize = PAYLOAD_MAX - 32;
+pub(crate) const SEALED_MAX: usize = PAYLOAD_MAX - 32;
 
 /// The longest record, with what a cipher of TLS 1.2 may add (RFC 5246, section 6.2.3), in bytes.
 pub(super) const RECORD_MAX: usize = HEADER + PAYLOAD_MAX + 2048;
@@ -274,13 +275,13 @@ impl Session {
     ///
     /// Keys that have sealed as much as they may are replaced. Fails, before anything is sealed, where TLS 1.2 has no
     /// means for that.
-    pub(super) fn seal(&mut self, payload: &[u8], sealed: &mut Vec<Vec<u8>>) -> Result<(), Error> {
+    pub(super) fn seal(&mut self, payload: &[u8], sealed: &mut Unsent) -> Result<(), Error> {
         let records = payload.len().div_ceil(SEALED_MAX) as u64;
         // One more is left for the end.
         if !self.is_tls13() && self.sealed_max - self.sealed <= records {
             return Err(Error::EncryptError);
         }
-        sealed.reserve_exact(payload.len().div_ceil(SEALED_MAX));
+        sealed.reserve(payload.len().div_ceil(SEALED_MAX));
         for payload in payload.chunks(SEALED_MAX) {
             if self.is_tls13() && self.sealed_max - self.sealed <= 2 {
                 sealed.push(self.update_keys()?);
