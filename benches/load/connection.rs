@@ -2,14 +2,14 @@
 
 use std::{
     io::{self, ErrorKind, Read as _, Write as _},
-    net::{SocketAddr, TcpStream},
+    net::{SocketAddr, TcpListener, TcpStream},
     os::fd::{AsFd, BorrowedFd},
     sync::Arc,
     time::Duration,
 };
 
 use anyhow::{Context as _, Result, bail, ensure};
-use rustls::{ClientConfig, ClientConnection};
+use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
 /// No answer of a relay takes this long.
 const PATIENCE: Duration = Duration::from_secs(20);
@@ -22,7 +22,7 @@ const TLS_CHUNK: usize = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Connection {
     socket: TcpStream,
-    tls: Option<Box<ClientConnection>>,
+    tls: Option<Box<rustls::Connection>>,
     nonblocking: bool,
 }
 
@@ -50,14 +50,24 @@ impl Connection {
         let mut connection = Self::of(socket)?;
         if let Some(config) = tls {
             let name = name.to_owned().try_into()?;
-            let mut tls = Box::new(ClientConnection::new(Arc::clone(config), name)?);
-            tls.set_buffer_limit(Some(TLS_CHUNK));
-            while tls.wants_write() {
-                tls.write_tls(&mut connection.socket)?;
-            }
-            connection.tls = Some(tls);
+            connection.secure(ClientConnection::new(Arc::clone(config), name)?.into());
+            connection.flush()?;
         }
         Ok(connection)
+    }
+
+    /// The other end of a connection without a relay.
+    pub(crate) fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>) -> Result<Self> {
+        let mut connection = Self::of(listener.accept()?.0)?;
+        if let Some(config) = tls {
+            connection.secure(ServerConnection::new(Arc::clone(config))?.into());
+        }
+        Ok(connection)
+    }
+
+    fn secure(&mut self, mut tls: rustls::Connection) {
+        tls.set_buffer_limit(Some(TLS_CHUNK));
+        self.tls = Some(Box::new(tls));
     }
 
     /// A connection that is there already, without TLS.
@@ -195,7 +205,7 @@ impl AsFd for Connection {
     }
 }
 
-fn flush_tls(tls: &mut ClientConnection, socket: &mut TcpStream) -> io::Result<bool> {
+fn flush_tls(tls: &mut rustls::Connection, socket: &mut TcpStream) -> io::Result<bool> {
     while tls.wants_write() {
         match tls.write_tls(socket) {
             Ok(_) => {}

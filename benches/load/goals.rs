@@ -152,10 +152,7 @@ impl Goals {
     }
 
     fn latency(&mut self, results: &Results) {
-        let of = |variant| {
-            let find = |variant| results.latency.iter().find(|series| series.variant == variant);
-            Some(latency::ratio(find(variant)?, find(latency::REFERENCE)?, find(Variant::Direct)?))
-        };
+        let of = |variant| latency::ratio(&results.latency, variant, latency::REFERENCE);
         let what = "added p50 round trip on one CPU against a TCP copy hop";
         self.add(6, what, AtMost(1.03), AtMost(1.0), of(Variant::Midspan));
         self.add(6, format!("TLS: {what}"), AtMost(1.2), AtMost(1.13), of(Variant::MidspanTls));

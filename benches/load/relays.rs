@@ -4,12 +4,11 @@ use std::{
     net::{SocketAddr, TcpListener},
     path::Path,
     process::Command,
-    sync::Arc,
+    thread,
     time::Duration,
 };
 
-use anyhow::{Context as _, Result, bail, ensure};
-use rustls::ClientConfig;
+use anyhow::{Context as _, Result, anyhow, bail, ensure};
 
 use crate::{
     connection::{Connection, Received, Scratch},
@@ -28,7 +27,7 @@ use crate::{
 pub(crate) struct Relay {
     pub(crate) variant: Variant,
     kind: Kind,
-    tls: Option<Arc<ClientConfig>>,
+    tls: Option<Certificate>,
     pairs: u64,
 }
 
@@ -63,7 +62,7 @@ impl Relay {
         let tls = variant.is_tls().then_some(certificate);
         let kind = Self::kind(variant, folder, name, tls)
             .with_context(|| format!("{} does not start", variant.name()))?;
-        Ok(Self { variant, kind, tls: tls.map(|tls| Arc::clone(&tls.client)), pairs: 0 })
+        Ok(Self { variant, kind, tls: tls.cloned(), pairs: 0 })
     }
 
     /// Starts Midspan under something, with TLS if there is a certificate.
@@ -75,7 +74,7 @@ impl Relay {
     ) -> Result<Self> {
         let variant = if tls.is_some() { Variant::MidspanTls } else { Variant::Midspan };
         let kind = Kind::Midspan(Box::new(Midspan::start(folder, name, tls, under)?));
-        Ok(Self { variant, kind, tls: tls.map(|tls| Arc::clone(&tls.client)), pairs: 0 })
+        Ok(Self { variant, kind, tls: tls.cloned(), pairs: 0 })
     }
 
     /// Asks it to end, and waits until it has.
@@ -96,7 +95,7 @@ impl Relay {
             return Ok(Kind::Fleet(Box::new(Fleet::start(edges, way, folder, name, tls)?)));
         }
         match variant {
-            Variant::Direct => return Ok(Kind::Direct(listener()?)),
+            Variant::Direct | Variant::DirectTls => return Ok(Kind::Direct(listener()?)),
             Variant::Midspan | Variant::MidspanTls => {
                 return Ok(Kind::Midspan(Box::new(Midspan::start(folder, name, tls, Under::Nothing)?)));
             }
@@ -183,18 +182,26 @@ impl Relay {
     fn open_batch(&mut self, pairs: &mut Pairs, count: usize) -> Result<()> {
         let (first, tls) = (pairs.senders.len(), self.tls.clone());
         let legs: Vec<_> = (0..count).map(|_| self.legs()).collect::<Result<_>>()?;
+        let client = tls.as_ref().map(|tls| &tls.client);
         let connect = |address| Connection::open(address, None);
         for legs in &legs {
             let (sender, receiver) = match (&self.kind, legs) {
                 (Kind::Direct(listener), _) => {
-                    (connect(listener.local_addr()?)?, Connection::of(listener.accept()?.0)?)
+                    let mut sender = Connection::open(listener.local_addr()?, client)?;
+                    let mut receiver = Connection::accept(listener, tls.as_ref().map(|tls| &tls.server))?;
+                    thread::scope(|scope| {
+                        let accepting = scope.spawn(|| receiver.handshake());
+                        sender.handshake()?;
+                        accepting.join().map_err(|_| anyhow!("the handshake panicked"))?
+                    })?;
+                    (sender, receiver)
                 }
                 (Kind::Tcp { address, listener, .. }, _) => {
                     (connect(*address)?, Connection::of(listener.accept()?.0)?)
                 }
                 (Kind::System(system), _) => system.open()?,
                 (_, Some(legs)) => {
-                    let connect = |leg: &Leg| Connection::open_as(&leg.name, leg.address, tls.as_ref());
+                    let connect = |leg: &Leg| Connection::open_as(&leg.name, leg.address, client);
                     (connect(&legs[0])?, connect(&legs[1])?)
                 }
                 (_, None) => bail!("it takes no connections"),

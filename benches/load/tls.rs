@@ -1,4 +1,4 @@
-//! A certificate for the relays, and clients that trust it.
+//! A certificate for the relays, and for an end without one, and clients that trust it.
 
 use std::{
     fs,
@@ -7,7 +7,11 @@ use std::{
 };
 
 use anyhow::Result;
-use rustls::{ClientConfig, RootCertStore, client::Resumption};
+use rustls::{
+    ClientConfig, RootCertStore, ServerConfig,
+    client::Resumption,
+    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+};
 
 /// What the public names of edges end with.
 pub(crate) const OWNER_DOMAIN: &str = "streams.localhost";
@@ -18,6 +22,7 @@ pub(crate) struct Certificate {
     pub(crate) chain: PathBuf,
     pub(crate) key: PathBuf,
     pub(crate) client: Arc<ClientConfig>,
+    pub(crate) server: Arc<ServerConfig>,
 }
 
 impl Certificate {
@@ -29,12 +34,18 @@ impl Certificate {
         let mut roots = RootCertStore::empty();
         roots.add(made.cert.der().clone())?;
         let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
-        let mut client = ClientConfig::builder_with_provider(provider)
+        let mut client = ClientConfig::builder_with_provider(Arc::clone(&provider))
             .with_safe_default_protocol_versions()?
             .with_root_certificates(roots)
             .with_no_client_auth();
         // Every handshake is a full one.
         client.resumption = Resumption::disabled();
-        Ok(Self { chain, key, client: Arc::new(client) })
+        let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
+        let mut server = ServerConfig::builder_with_provider(provider)
+            .with_safe_default_protocol_versions()?
+            .with_no_client_auth()
+            .with_single_cert(vec![made.cert.der().clone()], private)?;
+        server.send_tls13_tickets = 0;
+        Ok(Self { chain, key, client: Arc::new(client), server: Arc::new(server) })
     }
 }

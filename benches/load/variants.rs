@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 #[serde(rename_all = "kebab-case")]
 pub(crate) enum Variant {
     Direct,
+    DirectTls,
     TcpSplice,
     TcpCopy,
     TcpBidirectional,
@@ -56,8 +57,9 @@ impl Way {
 }
 
 impl Variant {
-    pub(crate) const ALL: [Self; 23] = [
+    pub(crate) const ALL: [Self; 24] = [
         Self::Direct,
+        Self::DirectTls,
         Self::TcpSplice,
         Self::TcpCopy,
         Self::TcpBidirectional,
@@ -89,6 +91,7 @@ impl Variant {
     pub(crate) fn name(self) -> &'static str {
         match self {
             Self::Direct => "direct",
+            Self::DirectTls => "direct-tls",
             Self::TcpSplice => "tcp-splice",
             Self::TcpCopy => "tcp-copy",
             Self::TcpBidirectional => "tcp-bidirectional",
@@ -117,6 +120,7 @@ impl Variant {
     pub(crate) fn title(self) -> &'static str {
         match self {
             Self::Direct => "no relay (direct loopback)",
+            Self::DirectTls => "TLS: no relay (direct loopback)",
             Self::TcpSplice => "TCP, splice(2)",
             Self::TcpCopy => "TCP, read and write, shared 1 MiB",
             Self::TcpBidirectional => "TCP, copy_bidirectional 8 KiB",
@@ -144,7 +148,7 @@ impl Variant {
 
     /// Whether there is a process between the connections.
     pub(crate) fn has_relay(self) -> bool {
-        self != Self::Direct
+        !matches!(self, Self::Direct | Self::DirectTls)
     }
 
     pub(crate) fn is_ours(self) -> bool {
@@ -152,7 +156,7 @@ impl Variant {
     }
 
     pub(crate) fn is_tls(self) -> bool {
-        matches!(self, Self::TungsteniteTls | Self::MidspanTls) || self.edges().is_some()
+        matches!(self, Self::DirectTls | Self::TungsteniteTls | Self::MidspanTls) || self.edges().is_some()
     }
 
     /// How many edges there are, and how legs come to the one that owns their stream; nothing for a relay of one process.
@@ -164,7 +168,8 @@ impl Variant {
 
     /// Whether both legs connect to the relay and ask for WebSocket.
     pub(crate) fn is_websocket(self) -> bool {
-        !matches!(self, Self::Direct | Self::TcpSplice | Self::TcpCopy | Self::TcpBidirectional)
+        self.has_relay()
+            && !matches!(self, Self::TcpSplice | Self::TcpCopy | Self::TcpBidirectional)
             && !self.is_end_to_end()
     }
 

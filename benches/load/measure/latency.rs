@@ -20,8 +20,9 @@ use crate::{
 const WARM_UP: usize = 500;
 
 /// What is compared.
-pub(crate) const VARIANTS: [Variant; 8] = [
+pub(crate) const VARIANTS: [Variant; 9] = [
     Variant::Direct,
+    Variant::DirectTls,
     Variant::TcpCopy,
     Variant::TcpBidirectional,
     Variant::Midspan,
@@ -41,14 +42,17 @@ pub(crate) struct Series {
     pub(crate) p50: Vec<f64>,
 }
 
-/// What a relay adds to a direct round trip, round by round.
-pub(crate) fn added(one: &Series, direct: &Series) -> Vec<f64> {
-    one.p50.iter().zip(&direct.p50).map(|(one, direct)| one - direct).collect()
+/// What a relay adds, round by round, to a round trip between the same ends without a relay: what they do for TLS is theirs.
+pub(crate) fn added(all: &[Series], variant: Variant) -> Option<Vec<f64>> {
+    let direct = if variant.is_tls() { Variant::DirectTls } else { Variant::Direct };
+    let find = |variant| all.iter().find(|series| series.variant == variant);
+    let (one, direct) = (find(variant)?, find(direct)?);
+    Some(one.p50.iter().zip(&direct.p50).map(|(one, direct)| one - direct).collect())
 }
 
 /// What one relay adds against what another one adds.
-pub(crate) fn ratio(one: &Series, reference: &Series, direct: &Series) -> f64 {
-    rounds::ratio(&added(one, direct), &added(reference, direct), |&added| added)
+pub(crate) fn ratio(all: &[Series], variant: Variant, reference: Variant) -> Option<f64> {
+    Some(rounds::ratio(&added(all, variant)?, &added(all, reference)?, |&added| added))
 }
 
 /// Compares variants, all of them up all the time.
@@ -129,11 +133,18 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_added_is_compared() {
+    fn what_is_added_to_the_same_ends_is_compared() {
         let series = |variant, p50: &[f64]| Series { variant, p50: p50.to_vec() };
-        let direct = series(Variant::Direct, &[10.0, 20.0, 10.0]);
-        let copy = series(Variant::TcpCopy, &[20.0, 40.0, 20.0]);
-        let ours = series(Variant::Midspan, &[21.0, 42.0, 21.0]);
-        assert!((ratio(&ours, &copy, &direct) - 1.1).abs() < 1e-9);
+        let all = [
+            series(Variant::Direct, &[10.0, 20.0, 10.0]),
+            series(Variant::DirectTls, &[15.0, 25.0, 15.0]),
+            series(Variant::TcpCopy, &[20.0, 40.0, 20.0]),
+            series(Variant::Midspan, &[21.0, 42.0, 21.0]),
+            series(Variant::MidspanTls, &[27.0, 49.0, 27.0]),
+        ];
+        for (variant, expected) in [(Variant::Midspan, 1.1), (Variant::MidspanTls, 1.2)] {
+            assert!((ratio(&all, variant, Variant::TcpCopy).unwrap() - expected).abs() < 1e-9);
+        }
+        assert_eq!(ratio(&all[1..], Variant::Midspan, Variant::TcpCopy), None);
     }
 }

@@ -147,13 +147,11 @@ impl Page {
             return;
         }
         self.line("\n## Round trips of 64 bytes, everything on one CPU");
+        self.line("\nWhat a relay adds is the difference to a round trip between the same ends without one, with TLS where they use it.");
         self.table(&["relay", "p50, us", "added by the relay, us", "added, against a TCP copy hop"]);
-        let find = |variant| results.latency.iter().find(|series| series.variant == variant);
         for one in &results.latency {
-            let added = find(Variant::Direct).map(|direct| median(latency::added(one, direct)));
-            let ratio = find(Variant::Direct)
-                .zip(find(latency::REFERENCE))
-                .map(|(direct, reference)| latency::ratio(one, reference, direct));
+            let added = latency::added(&results.latency, one.variant).map(median);
+            let ratio = latency::ratio(&results.latency, one.variant, latency::REFERENCE);
             let cell = |value: Option<f64>| {
                 value.filter(|_| one.variant.has_relay()).map_or_else(|| "-".to_owned(), number)
             };

@@ -24,17 +24,15 @@ pub(crate) fn print(text: &str) {
     println!("{text}");
 }
 
-/// Median round trips, and what the relay adds to a direct one.
+/// Median round trips, and what the relay adds to those between the same ends without one.
 pub(crate) fn latency(series: &[latency::Series], reference: Variant) -> String {
-    let direct = series.iter().find(|series| series.variant == Variant::Direct);
-    let reference = series.iter().find(|series| series.variant == reference);
     let mut text = format!(
         "{:24} {:>12} {:>12} {:>24}",
         "round trips, one CPU", "p50 us", "added us", "added, to the reference"
     );
     for one in series {
-        let added = direct.map(|direct| median(latency::added(one, direct)));
-        let ratio = direct.zip(reference).map(|(direct, reference)| latency::ratio(one, reference, direct));
+        let added = latency::added(series, one.variant).map(median);
+        let ratio = latency::ratio(series, one.variant, reference);
         let cell = |value: Option<f64>| value.map_or_else(|| "-".to_owned(), |value| format!("{value:.2}"));
         let _ = write!(
             text,
