@@ -75,7 +75,8 @@ impl DataThreads {
 impl DataThread {
     fn start(number: usize) -> io::Result<Self> {
         let runtime = Builder::new_current_thread()
-            .enable_all()
+            .enable_io()
+            .enable_time()
             .on_thread_park(moderation::before_sleep)
             .on_thread_unpark(moderation::after_sleep)
             .build()?;

@@ -69,9 +69,13 @@ impl Unsent {
         writer: Pin<&mut (impl AsyncWrite + ?Sized)>,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<usize>> {
-        let mut slices: Vec<_> = self.pieces.iter().map(|piece| IoSlice::new(piece)).collect();
-        IoSlice::advance_slices(&mut slices.as_mut_slice(), self.written);
-        let written = ready!(writer.poll_write_vectored(cx, &slices))?;
+        let written = if let [piece] = self.pieces.as_slice() {
+            ready!(writer.poll_write(cx, &piece[self.written..]))?
+        } else {
+            let mut slices: Vec<_> = self.pieces.iter().map(|piece| IoSlice::new(piece)).collect();
+            IoSlice::advance_slices(&mut slices.as_mut_slice(), self.written);
+            ready!(writer.poll_write_vectored(cx, &slices))?
+        };
         if written == 0 {
             return Poll::Ready(Err(io::ErrorKind::WriteZero.into()));
         }

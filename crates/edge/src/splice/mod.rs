@@ -147,15 +147,22 @@ impl<IO: Pipe> Splice<IO> {
 
     /// Moves bytes both ways until nothing more can be moved now.
     fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
-        let mut moved = 0;
+        let (mut moved, mut silent) = (0, [false; 2]);
         let pumped = loop {
             let shared = self.kept.shared();
-            let forth = self.service.step(&mut self.device, shared, cx);
-            let back = self.device.step(&mut self.service, shared, cx);
+            // A leg from which nothing came a moment ago will wake us; one that was not looked at, because something waits
+            // to be written, will not.
+            let owes = self.service.owes() || self.device.owes();
+            let [service_silent, device_silent] = silent.map(|silent| silent && !owes);
+            let forth = if service_silent { Ok(0) } else { self.service.step(&mut self.device, shared, cx) };
+            let back = if device_silent { Ok(0) } else { self.device.step(&mut self.service, shared, cx) };
             match (forth, back) {
                 (Err(cause), _) | (_, Err(cause)) => break Poll::Ready(cause),
                 (Ok(0), Ok(0)) => break Poll::Pending,
-                (Ok(forth), Ok(back)) => moved += forth + back,
+                (Ok(forth), Ok(back)) => {
+                    moved += forth + back;
+                    silent = [forth, back].map(|moved| moved == 0 && !owes);
+                }
             }
             if moved >= TURN {
                 cx.waker().wake_by_ref();
