@@ -106,7 +106,8 @@ pub(super) struct Half<IO> {
     hold: bool,
     /// Whether its input was there at the last tick.
     waited: bool,
-    /// How much is read from it at once: what its peer took when it last took less than all, and growing since then.
+    /// How much is read from it at once. Where its peer takes less than all of that, it becomes as much as the peer took, or
+    /// half, and it grows from there.
     appetite: usize,
     /// How often it was read from in a row, without anything from the other leg.
     unanswered: u8,
