@@ -48,6 +48,9 @@ pub(crate) struct Machine {
     pub(crate) cpu: String,
     pub(crate) cores: usize,
     pub(crate) kernel: String,
+    /// TCP's, which decides whether what is sent is paced; nothing in results from before it was recorded.
+    #[serde(default)]
+    pub(crate) congestion_control: String,
     pub(crate) compiler: String,
     /// Other work per CPU at the start: the load average of the last minute.
     pub(crate) load: f64,
@@ -194,7 +197,14 @@ pub(crate) fn machine() -> Machine {
     let (cpu, cores, kernel) = system::machine();
     let compiler = Command::new("rustc").arg("--version").output();
     let compiler = compiler.map(|output| String::from_utf8_lossy(&output.stdout).trim().to_owned());
-    Machine { cpu, cores, kernel, compiler: compiler.unwrap_or_default(), load: system::load() }
+    Machine {
+        cpu,
+        cores,
+        kernel,
+        congestion_control: system::congestion_control(),
+        compiler: compiler.unwrap_or_default(),
+        load: system::load(),
+    }
 }
 
 impl Results {

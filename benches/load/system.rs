@@ -103,6 +103,12 @@ pub(crate) fn machine() -> (String, usize, String) {
     )
 }
 
+/// The name of TCP's congestion control.
+pub(crate) fn congestion_control() -> String {
+    let name = fs::read_to_string("/proc/sys/net/ipv4/tcp_congestion_control");
+    name.map_or_else(|_| "unknown".to_owned(), |name| name.trim().to_owned())
+}
+
 /// The load average of the last minute for each CPU.
 pub(crate) fn load() -> f64 {
     let text = fs::read_to_string("/proc/loadavg").unwrap_or_default();

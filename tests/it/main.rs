@@ -33,4 +33,5 @@ mod strangers;
 mod tickets;
 mod tls;
 mod tools;
+mod turns;
 mod web;

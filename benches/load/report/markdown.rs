@@ -57,8 +57,8 @@ impl Page {
              the load generator together.\n",
         );
         self.line(format!(
-            "* Machine: {}, {} CPUs, Linux {}, loopback. Load average per CPU at the start: {:.2}.",
-            machine.cpu, machine.cores, machine.kernel, machine.load
+            "* Machine: {}, {} CPUs, Linux {}, loopback with TCP's {}. Load average per CPU at the start: {:.2}.",
+            machine.cpu, machine.cores, machine.kernel, machine.congestion_control, machine.load
         ));
         self.line(format!("* Built with {}, profile `release`.", machine.compiler));
         self.line(format!(

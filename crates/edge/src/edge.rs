@@ -37,6 +37,7 @@ use crate::{
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     milestones::Milestone,
+    pacing,
     pairing::{End, Next, Pairing, Place, StreamFacts},
     passing::{Passing, Ways},
     splice::{self, Ending, Splice},
@@ -123,7 +124,7 @@ impl Edge {
         );
         let edge = Arc::new(Self {
             splices: splice::Shared::new(
-                parts.threads.count(),
+                splice::read_most(parts.threads.count(), pacing::is_on()),
                 parts.settings.max_buffered_mib * MIB,
                 &parts.metrics,
             ),

@@ -11,6 +11,7 @@ pub mod leg;
 mod metrics;
 pub mod milestones;
 mod moderation;
+mod pacing;
 pub mod pairing;
 mod passing;
 mod relaying;

@@ -27,6 +27,7 @@ use tokio::{
 use super::{
     Cause,
     shared::{Kept, READ_MOST, Shared},
+    turns::AT_ONCE,
 };
 use crate::{leg::FAREWELL, moderation, vitals::Seen};
 
@@ -111,6 +112,8 @@ pub(super) struct Half<IO> {
     appetite: usize,
     /// How often it was read from in a row, without anything from the other leg.
     unanswered: u8,
+    /// In how many slices in a row there was always something to move from it.
+    slices: u8,
     /// Whether a message was ever passed on to it.
     addressed: bool,
     /// Whether its close frame came, or something that is no frame: it has nothing more to say.
@@ -161,6 +164,7 @@ impl<IO: Pipe> Half<IO> {
             waited: false,
             appetite: APPETITE_LEAST,
             unanswered: 0,
+            slices: 0,
             addressed: false,
             closed: false,
             shut: false,
@@ -496,6 +500,23 @@ impl<IO: Pipe> Half<IO> {
             shared.leg(self.role).blocked_for(now.saturating_duration_since(*since));
             *since = now;
         }
+    }
+
+    /// A slice of the stream's time is over, or it had nothing more to move. Whether there was always something to move from
+    /// this leg.
+    pub(super) fn end_slice(&mut self, goes_on: bool) {
+        self.slices = if goes_on { self.slices.saturating_add(1) } else { 0 };
+    }
+
+    /// Whether so much came from it that more of it has to wait for the stream's turn.
+    pub(super) fn has_much(&self) -> bool {
+        self.slices >= AT_ONCE
+    }
+
+    /// Does not read from it, if it has much: others have their turn. Whether it has.
+    pub(super) fn hold_back(&mut self) -> bool {
+        self.seen.held_back |= self.has_much();
+        self.has_much()
     }
 
     pub(super) fn take_seen(&mut self, peer_owes: bool) -> Seen {

@@ -6,6 +6,7 @@
 
 mod half;
 mod shared;
+mod turns;
 
 use std::{
     future::{Future, poll_fn},
@@ -24,15 +25,17 @@ use midspan_core::{
 use midspan_platform::clock;
 use tokio::time::{Sleep, sleep_until};
 
-use self::half::{HASTE, Half, Patience};
 pub(crate) use self::shared::Kept;
-pub use self::{half::Pipe, shared::Shared};
+pub use self::{
+    half::Pipe,
+    shared::{Shared, read_most},
+};
+use self::{
+    half::{HASTE, Half, Patience},
+    turns::{Place, SLICE, stand_aside},
+};
 pub use crate::vitals::Limits;
 use crate::vitals::Vitals;
-
-/// A busy stream moves about so many bytes before others have their turn: a millisecond or two. What it reads is then
-/// still in the caches where it was written; many busy streams with turns of 1 MiB took half as much time again.
-const TURN: usize = 4 * 1024 * 1024;
 
 /// Two joined legs.
 pub struct Splice<IO> {
@@ -40,6 +43,8 @@ pub struct Splice<IO> {
     device: Half<IO>,
     kept: Kept,
     vitals: Vitals,
+    /// Where the stream stands among those that have much to move, if it has.
+    place: Option<Box<Place>>,
 }
 
 /// Why bytes no longer flow.
@@ -93,6 +98,7 @@ impl<IO: Pipe> Splice<IO> {
             device: Half::new(Role::Device, device, &early_device),
             kept: Kept::new(shared),
             vitals: Vitals::new(limits, expiry, clock::now()),
+            place: None,
         }
     }
 
@@ -107,6 +113,7 @@ impl<IO: Pipe> Splice<IO> {
     pub async fn run(&mut self, mut end: Pin<&mut impl Future<Output = CloseReason>>) -> Ending {
         let mut tick = pin!(sleep_until(self.vitals.next_tick(clock::now()).into()));
         let cause = poll_fn(|cx| self.poll_flow(cx, tick.as_mut(), end.as_mut())).await;
+        self.place = None;
         self.count();
         Ending(cause)
     }
@@ -145,30 +152,44 @@ impl<IO: Pipe> Splice<IO> {
         verdict.end
     }
 
-    /// Moves bytes both ways until nothing more can be moved now.
+    /// Moves bytes both ways until nothing more can be moved now, or others are to go on.
     fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
-        let (mut moved, mut silent) = (0, [false; 2]);
+        let waits = self.place.as_mut().is_some_and(|place| place.poll(cx).is_pending());
+        let held = [&mut self.service, &mut self.device].map(|half| waits && half.hold_back());
+        let (mut moved, mut silent, mut dry) = (0, [false; 2], [false; 2]);
         let pumped = loop {
             let shared = self.kept.shared();
             // A leg from which nothing came a moment ago will wake us; one that was not looked at, because something waits
             // to be written, will not.
             let owes = self.service.owes() || self.device.owes();
-            let [service_silent, device_silent] = silent.map(|silent| silent && !owes);
-            let forth = if service_silent { Ok(0) } else { self.service.step(&mut self.device, shared, cx) };
-            let back = if device_silent { Ok(0) } else { self.device.step(&mut self.service, shared, cx) };
-            match (forth, back) {
+            let skipped = [0, 1].map(|from| held[from] || silent[from] && !owes);
+            let forth = if skipped[0] { Ok(0) } else { self.service.step(&mut self.device, shared, cx) };
+            let back = if skipped[1] { Ok(0) } else { self.device.step(&mut self.service, shared, cx) };
+            let steps = match (forth, back) {
                 (Err(cause), _) | (_, Err(cause)) => break Poll::Ready(cause),
-                (Ok(0), Ok(0)) => break Poll::Pending,
-                (Ok(forth), Ok(back)) => {
-                    moved += forth + back;
-                    silent = [forth, back].map(|moved| moved == 0 && !owes);
-                }
-            }
-            if moved >= TURN {
-                cx.waker().wake_by_ref();
+                (Ok(forth), Ok(back)) => [forth, back],
+            };
+            dry = [0, 1].map(|from| dry[from] || steps[from] == 0);
+            if steps == [0; 2] {
                 break Poll::Pending;
             }
+            moved += steps[0] + steps[1];
+            if moved >= SLICE {
+                stand_aside(cx);
+                break Poll::Pending;
+            }
+            silent = steps.map(|step| step == 0 && !owes);
         };
+        for (half, goes_on) in
+            [(&mut self.service, held[0] || !dry[0]), (&mut self.device, held[1] || !dry[1])]
+        {
+            half.end_slice(goes_on);
+        }
+        if self.service.has_much() || self.device.has_much() {
+            self.place.get_or_insert_with(|| Box::new(Place::new())).moved(moved);
+        } else {
+            self.place = None;
+        }
         self.keep_account();
         pumped
     }
@@ -185,7 +206,7 @@ impl<IO: Pipe> Splice<IO> {
 
     /// Tells both legs. A clean end first delivers everything that was sent before it.
     pub async fn finish(self, ending: Ending) {
-        let Self { mut service, mut device, kept, vitals } = self;
+        let Self { mut service, mut device, kept, vitals, .. } = self;
         let limits = vitals.limits();
         let patience = Patience { pause: limits.close, whole: limits.stall.max(limits.close) };
         let shared = &kept.shared().clone();

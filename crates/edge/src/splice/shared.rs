@@ -6,14 +6,17 @@ use midspan_core::id::Role;
 use midspan_platform::metrics::Metrics;
 use prometheus::{Counter, IntCounter, IntGauge};
 
-/// The most that is read at once from a leg, in bytes, where there are few data threads.
+/// The most that is read at once from a leg, in bytes: where the kernel paces what is sent, and there are few data threads.
 ///
-/// A sender fills its socket while the relay writes. With less than this, a relay that is faster than its peers finds the
-/// socket empty in between, sleeps, and is woken for what little has come. With 1 MiB, one stream took a
-/// quarter more of the machine's time, and 32 a tenth more of the relay's.
+/// A paced sender passes on little at a time. A relay that reads less than this finds the socket empty in between, sleeps,
+/// and is woken for what little has come. With BBR and 1 MiB, one stream took a quarter more of the machine's time, and 32 a
+/// tenth more of the relay's.
 pub(super) const READ_MOST: usize = 3 * 1024 * 1024;
 
-/// So much is read at once on each data thread, however many there are, in bytes.
+/// The most elsewhere, in bytes, and enough for each of many data threads.
+///
+/// Sockets that are not paced are full whenever they are looked at, and what was read is then best still in the core's own
+/// cache when it is written. With CUBIC and 3 MiB, one stream took a fifth more of the relay's time.
 const READ_ENOUGH: usize = 1024 * 1024;
 
 /// What all data threads read to together, in bytes, as long as that is enough for each: a thread keeps what it has used.
@@ -27,6 +30,11 @@ const READ_SHARE: usize = 16;
 
 /// Frames are held while more than this part of the room is left.
 const HOLD_SHARE: usize = 16;
+
+/// How much is read at once from a leg, in bytes, with so many data threads, and sockets that are paced or not.
+pub fn read_most(threads: usize, paced: bool) -> usize {
+    if paced { (SCRATCH_MOST / threads.max(1)).clamp(READ_ENOUGH, READ_MOST) } else { READ_ENOUGH }
+}
 
 /// What all streams of a process share.
 #[derive(Debug, Clone)]
@@ -58,8 +66,8 @@ impl LegCounters {
 }
 
 impl Shared {
-    /// Registers the metrics. Streams run on so many threads, and may keep up to `limit` bytes in all.
-    pub fn new(threads: usize, limit: usize, metrics: &Metrics) -> Self {
+    /// Registers the metrics. Up to `read_most` bytes are read at once, and streams may keep up to `limit` bytes in all.
+    pub fn new(read_most: usize, limit: usize, metrics: &Metrics) -> Self {
         let payload = metrics.counters(
             "midspan_edge_payload_bytes_total",
             "Payload that was passed on, by the role that it went to; a few seconds late.",
@@ -87,7 +95,6 @@ impl Shared {
             "midspan_edge_buffered_bytes",
             "Bytes that streams keep because a leg takes none or a frame is not whole; at most --max-buffered-mib and a little.",
         );
-        let read_most = (SCRATCH_MOST / threads.max(1)).clamp(READ_ENOUGH, READ_MOST);
         Self(Arc::new(Inner { limit, read_most, kept, legs }))
     }
 
@@ -156,7 +163,7 @@ mod tests {
 
     #[test]
     fn reads_shrink_as_room_gets_scarce() {
-        let shared = Shared::new(1, 64 * MIB, &Metrics::new());
+        let shared = Shared::new(READ_MOST, 64 * MIB, &Metrics::new());
         let mut kept = Kept::new(shared.clone());
         let mut read_size = |bytes| {
             kept.set(bytes);
@@ -174,15 +181,15 @@ mod tests {
     }
 
     #[test]
-    fn many_threads_read_less_each() {
-        let read_size = |threads| Shared::new(threads, 64 * MIB, &Metrics::new()).read_size();
-        assert_eq!([1, 2, 4, 64].map(read_size), [3, 2, 1, 1].map(|mib| mib * MIB));
+    fn large_reads_are_for_paced_sockets_and_few_threads() {
+        assert_eq!([1, 2, 4, 64].map(|threads| read_most(threads, true)), [3, 2, 1, 1].map(|mib| mib * MIB));
+        assert_eq!([1, 64].map(|threads| read_most(threads, false)), [MIB; 2]);
     }
 
     /// However many streams are blocked one after the other, each after one read, the sum stays near the limit.
     #[test]
     fn the_limit_is_kept_but_for_the_least_reads() {
-        let shared = Shared::new(1, 64 * MIB, &Metrics::new());
+        let shared = Shared::new(READ_MOST, 64 * MIB, &Metrics::new());
         let mut streams = Vec::new();
         for _ in 0..1000 {
             let mut kept = Kept::new(shared.clone());
