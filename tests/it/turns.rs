@@ -1,4 +1,5 @@
-//! Streams on one thread, some of which never run out of bytes: who goes on, and when.
+//! Streams on one thread, some of which never run out of bytes: who goes on, and when. Time stands still, so that it does not
+//! matter how busy the machine is.
 
 use std::{
     future::pending,
@@ -16,6 +17,7 @@ use testkit::{Frame, pattern, within};
 use tokio::{
     io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _, DuplexStream, ReadBuf, duplex},
     task::{JoinSet, yield_now},
+    time::advance,
 };
 
 const MIB: usize = 1024 * 1024;
@@ -132,7 +134,7 @@ impl Streams {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn a_message_waits_for_one_slice_however_many_streams_are_busy() {
     let mut streams = Streams::start(8).await;
     let ((mut service, near), (mut device, far)) = (duplex(1024), duplex(1024));
@@ -152,7 +154,7 @@ async fn a_message_waits_for_one_slice_however_many_streams_are_busy() {
     }
 }
 
-#[tokio::test]
+#[tokio::test(start_paused = true)]
 async fn what_a_busy_stream_says_the_other_way_does_not_wait_for_its_turn() {
     const ANSWER: &[u8] = b"stop";
     let mut streams = Streams::start(3).await;
@@ -169,24 +171,41 @@ async fn what_a_busy_stream_says_the_other_way_does_not_wait_for_its_turn() {
     }
 }
 
-#[tokio::test]
-async fn busy_streams_take_turns_in_one_order() {
-    let streams = Streams::start(3).await;
-    let before = streams.log.lock().unwrap().len();
-    streams.moves(7 * 64 * MIB).await;
-    let log = streams.log.lock().unwrap();
-    let mut turns: Vec<(usize, usize)> = Vec::new();
-    for &(name, bytes) in &log[before..] {
-        match turns.last_mut().filter(|(last, _)| *last == name) {
-            Some((_, sum)) => *sum += bytes,
-            None => turns.push((name, bytes)),
+#[tokio::test(start_paused = true)]
+async fn a_busy_stream_with_a_little_to_say_all_the_time_says_it_all_the_time() {
+    const ACKNOWLEDGEMENT: &[u8] = b"so far, so good";
+    let mut streams = Streams::start(3).await;
+    let mut devices = std::mem::take(&mut streams.devices);
+    for _ in 0..50 {
+        let before = streams.log.lock().unwrap().len();
+        for device in &mut devices {
+            device.write_all(&Frame::binary(ACKNOWLEDGEMENT).bytes()).await.unwrap();
         }
+        streams.moves(3 * READ).await;
+        let log = streams.log.lock().unwrap();
+        let heard = (0..3).filter(|name| log[before..].contains(&(*name, 2 + ACKNOWLEDGEMENT.len())));
+        assert_eq!(heard.count(), 3, "{:?}", &log[before..]);
     }
-    // The first and the last one are not seen whole.
-    let whole = &turns[1..turns.len() - 1];
-    assert!(whole.len() >= 5, "{turns:?}");
-    for (place, (name, bytes)) in whole.iter().enumerate() {
-        assert_eq!(*name, whole[place % 3].0, "{turns:?}");
-        assert!((64 * MIB - 2 * READ..64 * MIB + 2 * READ).contains(bytes), "{turns:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn busy_streams_take_turns_in_one_order() {
+    /// A turn is no longer than this.
+    const TURN: Duration = Duration::from_millis(30);
+    let streams = Streams::start(3).await;
+    let mut turns = Vec::new();
+    for _ in 0..9 {
+        let before = streams.log.lock().unwrap().len();
+        streams.moves(20 * READ).await;
+        let seen = streams.log.lock().unwrap()[before..].to_vec();
+        // The slice that was under way when the time was over belongs to the turn before.
+        let (name, _) = seen[seen.len() - 1];
+        assert!(seen.iter().skip(2).all(|(other, _)| *other == name), "{seen:?}");
+        turns.push(name);
+        advance(TURN).await;
     }
+    assert!(turns.iter().zip(&turns[3..]).all(|(turn, later)| turn == later), "{turns:?}");
+    let mut all = turns[..3].to_vec();
+    all.sort_unstable();
+    assert_eq!(all, [0, 1, 2], "{turns:?}");
 }

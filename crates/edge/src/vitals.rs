@@ -27,7 +27,7 @@ pub struct Limits {
 pub(crate) struct Seen {
     /// Bytes came from it.
     pub(crate) heard: bool,
-    /// It was not read from, because its peer takes nothing.
+    /// It was not read from, because its peer takes nothing, or because it was not the stream's turn.
     pub(crate) held_back: bool,
     /// It took bytes.
     pub(crate) took: bool,

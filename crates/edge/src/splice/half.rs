@@ -183,11 +183,7 @@ impl<IO: Pipe> Half<IO> {
         cx: &mut Context<'_>,
     ) -> Result<usize, Cause> {
         // Pongs that this leg is owed are written here too, when no data comes back to carry them along.
-        for half in [&mut *to, &mut *self] {
-            if half.owes() && matches!(half.poll_drain(shared, cx), Poll::Ready(Err(_))) {
-                return Err(Cause::Lost(half.role));
-            }
-        }
+        self.drain_both(to, shared, cx)?;
         if to.owes() || self.is_full() {
             self.seen.held_back = true;
             return Ok(0);
@@ -240,15 +236,30 @@ impl<IO: Pipe> Half<IO> {
                 to.addressed = true;
                 let taken = to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
                 if to.owes() {
-                    self.appetite = taken.max(self.appetite / 2).clamp(APPETITE_LEAST, READ_MOST);
+                    self.appetite = taken.max(self.appetite / 2).clamp(APPETITE_LEAST, shared.read_most());
                 } else if read > 0 && end - start > read / 2 {
                     // Half does for all: TLS gives whole records, without what they are wrapped in.
-                    self.appetite = (self.appetite + self.appetite / APPETITE_GROWTH).min(READ_MOST);
+                    self.appetite = (self.appetite + self.appetite / APPETITE_GROWTH).min(shared.read_most());
                 }
             }
             translated?;
             Ok(kept + end - start)
         })
+    }
+
+    /// Writes what both legs are owed, as far as they take it.
+    pub(super) fn drain_both(
+        &mut self,
+        other: &mut Self,
+        shared: &Shared,
+        cx: &mut Context<'_>,
+    ) -> Result<(), Cause> {
+        for half in [other, self] {
+            if half.owes() && matches!(half.poll_drain(shared, cx), Poll::Ready(Err(_))) {
+                return Err(Cause::Lost(half.role));
+            }
+        }
+        Ok(())
     }
 
     /// Turns frames of this leg into frames for the other, and answers its pings. What is left is worth another look
@@ -480,6 +491,10 @@ impl<IO: Pipe> Half<IO> {
 
     /// Lets a tick pass: the start of a frame that was there at the last one already goes out as a fragment.
     pub(super) fn tick(&mut self) {
+        if self.has_much() {
+            // What came after that start may have to wait for the stream's turn.
+            return;
+        }
         let Some(backlog) = self.backlog.as_deref_mut() else { return };
         if self.waited {
             (self.hold, backlog.wanted) = (false, 0);
@@ -503,7 +518,7 @@ impl<IO: Pipe> Half<IO> {
     }
 
     /// A slice of the stream's time is over, or it had nothing more to move. Whether there was always something to move from
-    /// this leg.
+    /// this leg, and not little.
     pub(super) fn end_slice(&mut self, goes_on: bool) {
         self.slices = if goes_on { self.slices.saturating_add(1) } else { 0 };
     }

@@ -32,7 +32,7 @@ pub use self::{
 };
 use self::{
     half::{HASTE, Half, Patience},
-    turns::{Place, SLICE, stand_aside},
+    turns::{LITTLE, Place, SLICE, stand_aside},
 };
 pub use crate::vitals::Limits;
 use crate::vitals::Vitals;
@@ -154,10 +154,15 @@ impl<IO: Pipe> Splice<IO> {
 
     /// Moves bytes both ways until nothing more can be moved now, or others are to go on.
     fn poll_pump(&mut self, cx: &mut Context<'_>) -> Poll<Cause> {
-        let waits = self.place.as_mut().is_some_and(|place| place.poll(cx).is_pending());
+        let waits = self.place.as_mut().is_some_and(|place| place.poll(clock::now(), cx).is_pending());
         let held = [&mut self.service, &mut self.device].map(|half| waits && half.hold_back());
-        let (mut moved, mut silent, mut dry) = (0, [false; 2], [false; 2]);
-        let pumped = loop {
+        if held == [true; 2]
+            && let Err(cause) = self.service.drain_both(&mut self.device, self.kept.shared(), cx)
+        {
+            return Poll::Ready(cause);
+        }
+        let (mut moved, mut silent, mut dry) = ([0; 2], [false; 2], [false; 2]);
+        let (pumped, goes_on) = loop {
             let shared = self.kept.shared();
             // A leg from which nothing came a moment ago will wake us; one that was not looked at, because something waits
             // to be written, will not.
@@ -166,29 +171,31 @@ impl<IO: Pipe> Splice<IO> {
             let forth = if skipped[0] { Ok(0) } else { self.service.step(&mut self.device, shared, cx) };
             let back = if skipped[1] { Ok(0) } else { self.device.step(&mut self.service, shared, cx) };
             let steps = match (forth, back) {
-                (Err(cause), _) | (_, Err(cause)) => break Poll::Ready(cause),
+                (Err(cause), _) | (_, Err(cause)) => break (Poll::Ready(cause), false),
                 (Ok(forth), Ok(back)) => [forth, back],
             };
             dry = [0, 1].map(|from| dry[from] || steps[from] == 0);
             if steps == [0; 2] {
-                break Poll::Pending;
+                break (Poll::Pending, false);
             }
-            moved += steps[0] + steps[1];
-            if moved >= SLICE {
-                stand_aside(cx);
-                break Poll::Pending;
+            moved = [0, 1].map(|from| moved[from] + steps[from]);
+            let in_turn = || self.place.as_ref().is_some_and(|place| place.may_go_on(clock::now()));
+            if moved[0] + moved[1] >= SLICE && !in_turn() {
+                break (Poll::Pending, true);
             }
             silent = steps.map(|step| step == 0 && !owes);
         };
-        for (half, goes_on) in
-            [(&mut self.service, held[0] || !dry[0]), (&mut self.device, held[1] || !dry[1])]
-        {
-            half.end_slice(goes_on);
-        }
+        let [from_service, from_device] =
+            [0, 1].map(|from| held[from] || !dry[from] && moved[from] >= LITTLE);
+        self.service.end_slice(from_service);
+        self.device.end_slice(from_device);
         if self.service.has_much() || self.device.has_much() {
-            self.place.get_or_insert_with(|| Box::new(Place::new())).moved(moved);
+            self.place.get_or_insert_with(|| Box::new(Place::new())).stand_aside(clock::now());
         } else {
             self.place = None;
+        }
+        if goes_on {
+            stand_aside(cx);
         }
         self.keep_account();
         pumped

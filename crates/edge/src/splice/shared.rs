@@ -114,6 +114,11 @@ impl Shared {
         (self.room() / READ_SHARE).clamp(READ_LEAST, self.0.read_most)
     }
 
+    /// How much is read at once while there is room, in bytes.
+    pub(super) fn read_most(&self) -> usize {
+        self.0.read_most
+    }
+
     /// Whether a frame may be held until it is whole.
     pub(super) fn may_hold(&self) -> bool {
         self.room() > self.0.limit / HOLD_SHARE

@@ -8,9 +8,10 @@ use std::{
     pin::pin,
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
     task::{Context, Poll},
+    time::{Duration, Instant},
 };
 
 use tokio::{
@@ -19,31 +20,34 @@ use tokio::{
 };
 use tokio_util::sync::PollSemaphore;
 
-/// A stream moves about so many bytes before other tasks of the thread go on and new events are looked for: a millisecond at
-/// most.
+/// A stream moves at least so many bytes before other tasks of the thread go on and new events are looked for: the reads that
+/// reach this, which take a millisecond or two.
 pub(super) const SLICE: usize = 1024 * 1024;
 
-/// A direction that has moved so many slices in a row goes on when it is the stream's turn.
+/// A direction that always had bytes to move, in so many slices in a row, goes on when it is the stream's turn.
 pub(super) const AT_ONCE: u8 = 4;
 
-/// What all who take turns move in a round: what a thread moves in a third of a second or so.
-const ROUND: usize = 1024 * 1024 * 1024;
+/// A direction of which less was moved in a slice has little to say, even if it never fell silent.
+pub(super) const LITTLE: usize = SLICE / 4;
 
-/// What one moves in its turn at the least, however many there are.
-const TURN_LEAST: usize = 4 * 1024 * 1024;
+/// How long it takes until all who take turns had theirs, unless they are so many that the least turns take longer.
+const ROUND: Duration = Duration::from_millis(500);
 
-/// What one moves in its turn at the most.
-const TURN_MOST: usize = 64 * 1024 * 1024;
+/// How long a turn is at the least.
+const TURN_LEAST: Duration = Duration::from_millis(2);
+
+/// How long a turn is at the most.
+const TURN_MOST: Duration = Duration::from_millis(30);
 
 thread_local! {
-    static LINE: Arc<Line> = Arc::new(Line { turn: Arc::new(Semaphore::new(1)), length: AtomicUsize::new(0) });
+    static LINE: Arc<Line> = Arc::new(Line { turn: Arc::new(Semaphore::new(1)), length: AtomicU32::new(0) });
 }
 
 /// Those of a thread who take turns.
 #[derive(Debug)]
 struct Line {
     turn: Arc<Semaphore>,
-    length: AtomicUsize,
+    length: AtomicU32,
 }
 
 /// A stream's place in the line, until it is dropped.
@@ -57,8 +61,11 @@ pub(super) struct Place {
 #[derive(Debug)]
 struct Turn {
     _permit: OwnedSemaphorePermit,
-    /// How many bytes it may still move.
-    left: usize,
+    end: Instant,
+    /// When the stream stood aside last, or got its turn.
+    aside: Instant,
+    /// It may go on until then before it stands aside: others had as long since it last did.
+    slice_end: Instant,
 }
 
 impl Place {
@@ -70,23 +77,34 @@ impl Place {
     }
 
     /// Ready when it is the stream's turn.
-    pub(super) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        if self.turn.is_none() {
-            // Nobody closes the semaphore.
-            self.turn = std::task::ready!(self.next.poll_acquire(cx)).map(|permit| Turn {
-                _permit: permit,
-                left: share(self.line.length.load(Ordering::Relaxed)),
-            });
+    pub(super) fn poll(&mut self, now: Instant, cx: &mut Context<'_>) -> Poll<()> {
+        if let Some(turn) = &mut self.turn {
+            turn.slice_end = now + now.saturating_duration_since(turn.aside);
+            return Poll::Ready(());
         }
+        let length = self.line.length.load(Ordering::Relaxed);
+        // Nobody closes the semaphore.
+        self.turn = std::task::ready!(self.next.poll_acquire(cx)).map(|permit| Turn {
+            _permit: permit,
+            end: now + share(length),
+            aside: now,
+            slice_end: now,
+        });
         Poll::Ready(())
     }
 
-    /// So many bytes were moved. When that was its share, the stream goes to the end of the line.
-    pub(super) fn moved(&mut self, bytes: usize) {
+    /// Whether the stream may go on without standing aside: it is its turn, and others had more of the thread's time. So those
+    /// who take turns have half of it, however many go on without.
+    pub(super) fn may_go_on(&self, now: Instant) -> bool {
+        self.turn.as_ref().is_some_and(|turn| now < turn.end.min(turn.slice_end))
+    }
+
+    /// The stream stands aside. If its turn is over, it goes to the end of the line.
+    pub(super) fn stand_aside(&mut self, now: Instant) {
+        self.turn.take_if(|turn| now >= turn.end);
         if let Some(turn) = &mut self.turn {
-            turn.left = turn.left.saturating_sub(bytes);
+            turn.aside = now;
         }
-        self.turn.take_if(|turn| turn.left == 0);
     }
 }
 
@@ -96,8 +114,8 @@ impl Drop for Place {
     }
 }
 
-/// How much one of so many moves in its turn.
-fn share(length: usize) -> usize {
+/// How long the turn of one of so many is.
+fn share(length: u32) -> Duration {
     (ROUND / length.max(1)).clamp(TURN_LEAST, TURN_MOST)
 }
 
@@ -109,30 +127,33 @@ pub(super) fn stand_aside(cx: &mut Context<'_>) {
 #[cfg(test)]
 mod tests {
     use futures_util::task::noop_waker_ref;
+    use midspan_platform::clock;
 
     use super::*;
 
-    const MIB: usize = 1024 * 1024;
+    const MS: Duration = Duration::from_millis(1);
 
     #[test]
-    fn a_round_takes_a_while_however_many_there_are() {
-        assert_eq!([1, 16, 32, 128, 1000].map(share), [64, 64, 32, 8, 4].map(|mib| mib * MIB));
+    fn a_round_takes_half_a_second_unless_there_are_very_many() {
+        assert_eq!([1, 16, 50, 250, 1000].map(share), [30, 30, 10, 2, 2].map(|turn| turn * MS));
     }
 
     #[test]
-    fn each_has_its_share_in_the_order_of_arrival() {
+    fn each_has_its_turn_in_the_order_of_arrival() {
         let cx = &mut Context::from_waker(noop_waker_ref());
         let mut places = [Place::new(), Place::new(), Place::new()];
+        let mut now = clock::now();
         for turn in 0..6 {
-            for at in [1, 2, 0] {
-                let ready = places[(turn + at) % 3].poll(cx).is_ready();
-                // The first who asks has the first turn.
-                assert_eq!(ready, at == 1, "turn {turn}, place {at}");
+            for at in 0..3 {
+                let ready = places[(turn + at) % 3].poll(now, cx).is_ready();
+                assert_eq!(ready, at == 0, "turn {turn}, place {at}");
             }
-            let place = &mut places[(turn + 1) % 3];
-            place.moved(TURN_MOST - 1);
-            assert!(place.poll(cx).is_ready());
-            place.moved(1);
+            let place = &mut places[turn % 3];
+            now += 29 * MS;
+            place.stand_aside(now);
+            assert!(place.poll(now, cx).is_ready());
+            now += MS;
+            place.stand_aside(now);
         }
     }
 
@@ -140,21 +161,29 @@ mod tests {
     fn who_leaves_gives_its_turn_to_the_next() {
         let cx = &mut Context::from_waker(noop_waker_ref());
         let (mut first, mut second, mut third) = (Place::new(), Place::new(), Place::new());
-        assert!(first.poll(cx).is_ready());
-        assert!(second.poll(cx).is_pending() && third.poll(cx).is_pending());
+        let now = clock::now();
+        assert!(first.poll(now, cx).is_ready());
+        assert!(second.poll(now, cx).is_pending() && third.poll(now, cx).is_pending());
         drop(second);
-        assert!(third.poll(cx).is_pending());
+        assert!(third.poll(now, cx).is_pending());
         drop(first);
-        assert!(third.poll(cx).is_ready());
+        assert!(third.poll(now, cx).is_ready());
     }
 
     #[test]
-    fn one_alone_goes_on() {
+    fn a_slice_is_as_long_as_others_had_and_no_longer_than_the_turn() {
         let cx = &mut Context::from_waker(noop_waker_ref());
-        let mut place = Place::new();
-        for _ in 0..3 {
-            assert!(place.poll(cx).is_ready());
-            place.moved(TURN_MOST);
-        }
+        let (mut place, mut other) = (Place::new(), Place::new());
+        let start = clock::now();
+        assert!(!place.may_go_on(start));
+        assert!(place.poll(start, cx).is_ready() && other.poll(start, cx).is_pending());
+        assert!(!place.may_go_on(start), "nobody else had any time");
+        assert!(!other.may_go_on(start), "it is not its turn");
+        place.stand_aside(start + MS);
+        assert!(place.poll(start + 11 * MS, cx).is_ready());
+        assert!(place.may_go_on(start + 20 * MS) && !place.may_go_on(start + 21 * MS));
+        place.stand_aside(start + 21 * MS);
+        assert!(place.poll(start + 29 * MS, cx).is_ready());
+        assert!(place.may_go_on(start + 29 * MS) && !place.may_go_on(start + TURN_MOST));
     }
 }
