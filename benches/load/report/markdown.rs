@@ -70,6 +70,10 @@ impl Page {
              pings are 10 minutes apart, because the load generator answers none. The other relays are in `benches/peers` and run \
              on one thread.",
         );
+        self.line(
+            "* Where the kernel paces what it sends, as with bbr, Midspan spares connections from nearby (ARCHITECTURE.md), \
+             which all are here; the other relays take what the kernel gives them.",
+        );
         self.line("* Payload goes from the service to the device. Every byte is counted, and the first message of each stream is compared.");
         if results.quick {
             self.line("* **A quick run: turns are short, and the figures rough.**");

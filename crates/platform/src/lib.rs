@@ -15,6 +15,7 @@ pub mod lifecycle;
 pub mod listener;
 pub mod metrics;
 pub mod owners;
+pub mod pacing;
 pub mod rendezvous;
 pub mod secrets;
 pub mod telemetry;

@@ -34,6 +34,7 @@ use midspan_platform::{
     internal::{Calls as _, advertised},
     listener::Passer,
     metrics::Counted,
+    pacing,
     rendezvous::{Lease, ServerRole, Timing},
 };
 use tokio::{
@@ -201,8 +202,7 @@ impl Passer for Edge {
         let Way { address, .. } = ways.get(&edge)?;
         let keys = self.secrets.ticket_keys();
         let opened = async {
-            let mut socket = TcpStream::connect(address).await?;
-            socket.set_nodelay(true)?;
+            let mut socket = pacing::connect(address).await?;
             let mut first = passed::seal(addresses, self.owner.incarnation, clock::unix(), &keys);
             first.extend(hello);
             socket.write_all(&first).await?;

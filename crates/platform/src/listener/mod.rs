@@ -13,7 +13,7 @@ use midspan_core::{proxy::Addresses, ticket::TicketKeys};
 use prometheus::{IntCounterVec, IntGaugeVec};
 use rustls::ServerConfig;
 use tokio::{
-    net::{TcpListener, TcpSocket, TcpStream},
+    net::{TcpListener, TcpStream},
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -31,6 +31,7 @@ use crate::{
     http::{Handler, Peer},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
+    pacing::{self, Acceptor, Spared},
     tls::{TlsStream, Turns, asked_name},
     watched::Watched,
 };
@@ -138,13 +139,20 @@ pub trait Passer: Send + Sync + std::fmt::Debug {
 pub struct Listener {
     name: &'static str,
     /// Each with the runtime that accepts from it and keeps what it accepts.
-    sockets: Vec<(Handle, std::net::TcpListener)>,
+    sockets: Vec<(Handle, Socket)>,
     address: SocketAddr,
     trusted: bool,
     http2: bool,
     expected: Expected,
     forwarders: Option<Arc<Forwarders>>,
     passer: Option<Arc<dyn Passer>>,
+}
+
+/// A socket that listens.
+#[derive(Debug)]
+struct Socket {
+    listening: std::net::TcpListener,
+    spared: Option<Spared>,
 }
 
 /// How many connections may wait in the kernel to be accepted, for each socket.
@@ -171,7 +179,7 @@ impl Listener {
         for runtime in runtimes {
             let _here = runtime.enter();
             let socket = listen(address, shared).with_context(|| taken(address))?;
-            address = socket.local_addr().context("the listener has no address")?;
+            address = socket.listening.local_addr().context("the listener has no address")?;
             sockets.push((runtime.clone(), socket));
         }
         Ok(Self {
@@ -253,15 +261,14 @@ impl Listener {
     }
 }
 
-fn listen(address: SocketAddr, shared: bool) -> io::Result<std::net::TcpListener> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+fn listen(address: SocketAddr, shared: bool) -> io::Result<Socket> {
+    let socket = pacing::new_socket(address)?;
     // Connections of a process that has just ended may still be there.
     socket.set_reuseaddr(true)?;
     socket.set_reuseport(shared)?;
-    // Small messages must not wait for an acknowledgement. What is accepted inherits this.
-    socket.set_nodelay(true)?;
+    let pacing = Spared::of(&socket);
     socket.bind(address)?;
-    socket.listen(BACKLOG)?.into_std()
+    Ok(Socket { listening: socket.listen(BACKLOG)?.into_std()?, spared: pacing })
 }
 
 struct Front {
@@ -296,9 +303,9 @@ enum Turn {
 }
 
 impl Front {
-    async fn accept(self: Arc<Self>, socket: std::net::TcpListener) {
-        let socket = match TcpListener::from_std(socket) {
-            Ok(socket) => socket,
+    async fn accept(self: Arc<Self>, socket: Socket) {
+        let acceptor = match TcpListener::from_std(socket.listening) {
+            Ok(listening) => Acceptor::new(listening, socket.spared),
             Err(error) => return error!(%error, "cannot accept connections"),
         };
         let turns = Arc::new(Turns::here());
@@ -306,7 +313,7 @@ impl Front {
         loop {
             let accepted = tokio::select! {
                 () = self.lifecycle.stopped().cancelled() => return,
-                accepted = socket.accept() => accepted,
+                accepted = acceptor.accept() => accepted,
             };
             let (stream, address) = match accepted {
                 Ok(accepted) => accepted,
