@@ -121,9 +121,6 @@ async fn an_end_from_outside_is_told_to_both() {
 /// Room for all that these streams ever keep.
 const BUFFERED: usize = 64 * 1024 * 1024;
 
-/// What is read at once at most.
-const READ: usize = 3 * 1024 * 1024;
-
 /// What a stream carried, and why it ended.
 struct Spliced {
     reason: CloseReason,
@@ -137,7 +134,7 @@ async fn splice(
     limits: Limits,
     end: impl Future<Output = CloseReason>,
 ) -> Spliced {
-    let shared = Shared::new(READ, BUFFERED, &Metrics::new());
+    let shared = Shared::new(BUFFERED, &Metrics::new());
     let mut stream = Splice::new(service, device, early, shared, Arc::new(limits), None);
     let ending = stream.run(pin!(end)).await;
     let spliced = Spliced { reason: ending.reason(), bytes_to_device: stream.payload().0 };

@@ -22,8 +22,8 @@ use tokio::{
 
 const MIB: usize = 1024 * 1024;
 
-/// What is read at once.
-const READ: usize = MIB;
+/// What a busy stream moves before others go on.
+const SLICE: usize = MIB;
 
 /// Which stream moved how many bytes, in the order in which that happened.
 type Log = Arc<Mutex<Vec<(usize, usize)>>>;
@@ -79,6 +79,11 @@ impl AsyncWrite for End {
 }
 
 impl Pipe for End {
+    /// So that one read is a slice.
+    fn is_tls(&self) -> bool {
+        true
+    }
+
     fn backlog(&self) -> usize {
         0
     }
@@ -96,7 +101,7 @@ struct Streams {
 impl Streams {
     /// So many that never run out of bytes, and have moved some already.
     async fn start(heavy: usize) -> Self {
-        let shared = Shared::new(READ, 64 * MIB, &Metrics::new());
+        let shared = Shared::new(64 * MIB, &Metrics::new());
         let mut streams = Self { tasks: JoinSet::new(), devices: Vec::new(), shared, log: Log::default() };
         let frames: Arc<[u8]> = Frame::binary(&pattern(60_000)).bytes().repeat(20).into();
         for name in 0..heavy {
@@ -150,7 +155,7 @@ async fn a_message_waits_for_one_slice_however_many_streams_are_busy() {
         .await;
         let waited = streams.moved() - before;
         // A slice ends with the read that reaches its length.
-        assert!(waited <= 2 * READ, "{waited} bytes of others went before it");
+        assert!(waited <= 2 * SLICE, "{waited} bytes of others went before it");
     }
 }
 
@@ -167,7 +172,7 @@ async fn what_a_busy_stream_says_the_other_way_does_not_wait_for_its_turn() {
             yield_now().await;
         }
         let waited: usize = streams.log.lock().unwrap()[before..].iter().map(|(_, bytes)| bytes).sum();
-        assert!(waited <= 3 * READ, "{waited} bytes went before the answer of {name}");
+        assert!(waited <= 3 * SLICE, "{waited} bytes went before the answer of {name}");
     }
 }
 
@@ -181,7 +186,7 @@ async fn a_busy_stream_with_a_little_to_say_all_the_time_says_it_all_the_time() 
         for device in &mut devices {
             device.write_all(&Frame::binary(ACKNOWLEDGEMENT).bytes()).await.unwrap();
         }
-        streams.moves(3 * READ).await;
+        streams.moves(3 * SLICE).await;
         let log = streams.log.lock().unwrap();
         let heard = (0..3).filter(|name| log[before..].contains(&(*name, 2 + ACKNOWLEDGEMENT.len())));
         assert_eq!(heard.count(), 3, "{:?}", &log[before..]);
@@ -196,7 +201,7 @@ async fn busy_streams_take_turns_in_one_order() {
     let mut turns = Vec::new();
     for _ in 0..9 {
         let before = streams.log.lock().unwrap().len();
-        streams.moves(20 * READ).await;
+        streams.moves(20 * SLICE).await;
         let seen = streams.log.lock().unwrap()[before..].to_vec();
         // The slice that was under way when the time was over belongs to the turn before.
         let (name, _) = seen[seen.len() - 1];

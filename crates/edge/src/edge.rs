@@ -37,7 +37,6 @@ use crate::{
     leg::{self, Leg, Waited},
     metrics::EdgeMetrics,
     milestones::Milestone,
-    pacing,
     pairing::{End, Next, Pairing, Place, StreamFacts},
     passing::{Passing, Ways},
     splice::{self, Ending, Splice},
@@ -123,11 +122,7 @@ impl Edge {
             &[("edge", &parts.owner.name), ("incarnation", &parts.owner.incarnation.to_string())],
         );
         let edge = Arc::new(Self {
-            splices: splice::Shared::new(
-                splice::read_most(parts.threads.count(), pacing::is_on()),
-                parts.settings.max_buffered_mib * MIB,
-                &parts.metrics,
-            ),
+            splices: splice::Shared::new(parts.settings.max_buffered_mib * MIB, &parts.metrics),
             limits: Arc::new(Limits {
                 ping: parts.settings.leg_ping,
                 silence: parts.settings.leg_silence,

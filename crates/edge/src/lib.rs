@@ -11,7 +11,6 @@ pub mod leg;
 mod metrics;
 pub mod milestones;
 mod moderation;
-mod pacing;
 pub mod pairing;
 mod passing;
 mod relaying;

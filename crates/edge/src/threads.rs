@@ -54,11 +54,6 @@ impl DataThreads {
         self.all().map(|thread| thread.runtime.clone()).collect()
     }
 
-    /// How many there are.
-    pub(crate) fn count(&self) -> usize {
-        1 + self.others.len()
-    }
-
     /// A seat on the thread that has the fewest streams; on the caller's, if none has fewer.
     pub(crate) fn seat(&self) -> (&Handle, Seat) {
         let here = Handle::current().id();

@@ -204,7 +204,7 @@ mod tests {
     }
 
     fn piped_within(room: usize, early: [&'static str; 2], limits: Limits) -> Piped {
-        let shared = Shared::new(MIB, 16 * MIB, &Metrics::new());
+        let shared = Shared::new(16 * MIB, &Metrics::new());
         let ((leg, leg_here), (owner, owner_here)) = (duplex(room), duplex(room));
         let (share, early) = (shared.clone(), early.map(|text| Bytes::from_static(text.as_bytes())));
         let mut ended = JoinSet::new();

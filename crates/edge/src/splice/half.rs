@@ -26,7 +26,7 @@ use tokio::{
 
 use super::{
     Cause,
-    shared::{Kept, READ_MOST, Shared},
+    shared::{Kept, READ_MOST, READ_PLAIN, Shared},
     turns::AT_ONCE,
 };
 use crate::{leg::FAREWELL, moderation, vitals::Seen};
@@ -68,17 +68,28 @@ fn read_start(scratch: &[u8], least: usize) -> usize {
 
 /// A connection that a splice can move bytes through.
 pub trait Pipe: AsyncRead + AsyncWrite + Unpin {
+    /// Whether what comes is opened, and what goes is sealed.
+    fn is_tls(&self) -> bool;
+
     /// How many bytes it keeps, of what was written to it and of what came in.
     fn backlog(&self) -> usize;
 }
 
 impl Pipe for Connection {
+    fn is_tls(&self) -> bool {
+        Self::is_tls(self)
+    }
+
     fn backlog(&self) -> usize {
         Self::backlog(self)
     }
 }
 
 impl Pipe for DuplexStream {
+    fn is_tls(&self) -> bool {
+        false
+    }
+
     fn backlog(&self) -> usize {
         0
     }
@@ -236,15 +247,20 @@ impl<IO: Pipe> Half<IO> {
                 to.addressed = true;
                 let taken = to.send(&scratch[passage.output()], cx).map_err(|_| Cause::Lost(to.role))?;
                 if to.owes() {
-                    self.appetite = taken.max(self.appetite / 2).clamp(APPETITE_LEAST, shared.read_most());
+                    self.appetite = taken.max(self.appetite / 2).clamp(APPETITE_LEAST, self.appetite_most());
                 } else if read > 0 && end - start > read / 2 {
                     // Half does for all: TLS gives whole records, without what they are wrapped in.
-                    self.appetite = (self.appetite + self.appetite / APPETITE_GROWTH).min(shared.read_most());
+                    self.appetite =
+                        (self.appetite + self.appetite / APPETITE_GROWTH).min(self.appetite_most());
                 }
             }
             translated?;
             Ok(kept + end - start)
         })
+    }
+
+    fn appetite_most(&self) -> usize {
+        if self.io.is_tls() { READ_MOST } else { READ_PLAIN }
     }
 
     /// Writes what both legs are owed, as far as they take it.

@@ -26,10 +26,7 @@ use midspan_platform::clock;
 use tokio::time::{Sleep, sleep_until};
 
 pub(crate) use self::shared::Kept;
-pub use self::{
-    half::Pipe,
-    shared::{Shared, read_most},
-};
+pub use self::{half::Pipe, shared::Shared};
 use self::{
     half::{HASTE, Half, Patience},
     turns::{LITTLE, Place, SLICE, stand_aside},

@@ -6,24 +6,17 @@ use midspan_core::id::Role;
 use midspan_platform::metrics::Metrics;
 use prometheus::{Counter, IntCounter, IntGauge};
 
-/// The most that is read at once from a leg, in bytes: where the kernel paces what is sent, and there are few data threads.
+/// The most that is read at once from a leg without TLS, in bytes.
 ///
-/// A paced sender passes on little at a time. A relay that reads less than this finds the socket empty in between, sleeps,
-/// and is woken for what little has come. With BBR and 1 MiB, one stream took a quarter more of the machine's time, and 32 a
-/// tenth more of the relay's.
-pub(super) const READ_MOST: usize = 3 * 1024 * 1024;
+/// What was read is best still in the core's own cache when it is written. Beside this, 512 KiB carried a tenth less with one
+/// stream, 320 KiB took a tenth more of the relay's time with 32, and 3 MiB a fifth more with either.
+pub(super) const READ_PLAIN: usize = 384 * 1024;
 
-/// With many data threads, each reads so much at once, in bytes.
-const READ_ENOUGH: usize = 1024 * 1024;
-
-/// What all data threads read to together, in bytes, as long as that is enough for each: a thread keeps what it has used.
-const SCRATCH_MOST: usize = 4 * 1024 * 1024;
-
-/// The most where nothing is paced, in bytes.
+/// The most that is read at once from any leg, in bytes.
 ///
-/// Sockets are then full whenever they are looked at, and what was read is best still in the core's own cache when it is
-/// written. With CUBIC, 1 MiB took a tenth more of the relay's time, and 3 MiB a fifth.
-const READ_UNPACED: usize = 512 * 1024;
+/// With TLS more is done for each byte, so that the same sender fills the socket further until the next look at it. 512 KiB
+/// took a tenth more of the relay's time with one stream, and 1.5 MiB no less.
+pub(super) const READ_MOST: usize = 1024 * 1024;
 
 /// The least that is read at once, however little room is left, in bytes.
 pub(super) const READ_LEAST: usize = 4 * 1024;
@@ -34,11 +27,6 @@ const READ_SHARE: usize = 16;
 /// Frames are held while more than this part of the room is left.
 const HOLD_SHARE: usize = 16;
 
-/// How much is read at once from a leg, in bytes, with so many data threads, and sockets that are paced or not.
-pub fn read_most(threads: usize, paced: bool) -> usize {
-    if paced { (SCRATCH_MOST / threads.max(1)).clamp(READ_ENOUGH, READ_MOST) } else { READ_UNPACED }
-}
-
 /// What all streams of a process share.
 #[derive(Debug, Clone)]
 pub struct Shared(Arc<Inner>);
@@ -46,7 +34,6 @@ pub struct Shared(Arc<Inner>);
 #[derive(Debug)]
 struct Inner {
     limit: usize,
-    read_most: usize,
     kept: IntGauge,
     legs: [LegCounters; 2],
 }
@@ -69,8 +56,8 @@ impl LegCounters {
 }
 
 impl Shared {
-    /// Registers the metrics. Up to `read_most` bytes are read at once, and streams may keep up to `limit` bytes in all.
-    pub fn new(read_most: usize, limit: usize, metrics: &Metrics) -> Self {
+    /// Registers the metrics. Streams may keep up to `limit` bytes in all.
+    pub fn new(limit: usize, metrics: &Metrics) -> Self {
         let payload = metrics.counters(
             "midspan_edge_payload_bytes_total",
             "Payload that was passed on, by the role that it went to; a few seconds late.",
@@ -98,7 +85,7 @@ impl Shared {
             "midspan_edge_buffered_bytes",
             "Bytes that streams keep because a leg takes none or a frame is not whole; at most --max-buffered-mib and a little.",
         );
-        Self(Arc::new(Inner { limit, read_most, kept, legs }))
+        Self(Arc::new(Inner { limit, kept, legs }))
     }
 
     pub(super) fn leg(&self, role: Role) -> &LegCounters {
@@ -111,12 +98,7 @@ impl Shared {
 
     /// How much may be read now, in bytes: all of it may have to be kept.
     pub(crate) fn read_size(&self) -> usize {
-        (self.room() / READ_SHARE).clamp(READ_LEAST, self.0.read_most)
-    }
-
-    /// How much is read at once while there is room, in bytes.
-    pub(super) fn read_most(&self) -> usize {
-        self.0.read_most
+        (self.room() / READ_SHARE).clamp(READ_LEAST, READ_MOST)
     }
 
     /// Whether a frame may be held until it is whole.
@@ -171,15 +153,15 @@ mod tests {
 
     #[test]
     fn reads_shrink_as_room_gets_scarce() {
-        let shared = Shared::new(READ_MOST, 64 * MIB, &Metrics::new());
+        let shared = Shared::new(64 * MIB, &Metrics::new());
         let mut kept = Kept::new(shared.clone());
         let mut read_size = |bytes| {
             kept.set(bytes);
             shared.read_size()
         };
         assert_eq!(read_size(0), READ_MOST);
-        assert_eq!(read_size(32 * MIB), 2 * MIB);
-        assert_eq!(read_size(48 * MIB), MIB);
+        assert_eq!(read_size(48 * MIB), READ_MOST);
+        assert_eq!(read_size(56 * MIB), MIB / 2);
         assert_eq!(read_size(64 * MIB), READ_LEAST);
         assert_eq!(read_size(80 * MIB), READ_LEAST);
         assert!(!shared.may_hold());
@@ -188,16 +170,10 @@ mod tests {
         assert_eq!(shared.read_size(), READ_MOST);
     }
 
-    #[test]
-    fn large_reads_are_for_paced_sockets_and_few_threads() {
-        assert_eq!([1, 2, 4, 64].map(|threads| read_most(threads, true)), [3, 2, 1, 1].map(|mib| mib * MIB));
-        assert_eq!([1, 64].map(|threads| read_most(threads, false)), [MIB / 2; 2]);
-    }
-
     /// However many streams are blocked one after the other, each after one read, the sum stays near the limit.
     #[test]
     fn the_limit_is_kept_but_for_the_least_reads() {
-        let shared = Shared::new(READ_MOST, 64 * MIB, &Metrics::new());
+        let shared = Shared::new(64 * MIB, &Metrics::new());
         let mut streams = Vec::new();
         for _ in 0..1000 {
             let mut kept = Kept::new(shared.clone());

@@ -50,6 +50,11 @@ impl Connection {
         Ok(Self { transport, _held: held })
     }
 
+    /// Whether it is a TLS session.
+    pub fn is_tls(&self) -> bool {
+        matches!(self.transport, Transport::Tls(_))
+    }
+
     /// How many bytes it keeps, of what was written to it and of what came in.
     pub fn backlog(&self) -> usize {
         match &self.transport {
