@@ -23,7 +23,7 @@ use crate::{
 };
 
 /// A relay that is slow with small messages has seconds of them in the sockets at the end of a turn. They are not waited for
-/// any longer than this, as long as they keep coming; the next turn begins with new streams.
+/// any longer than this, as long as they keep coming.
 const DRAIN: Duration = Duration::from_millis(1500);
 /// In this time something comes, if anything is to come.
 const FLOW: Duration = Duration::from_millis(500);
@@ -78,19 +78,33 @@ pub(crate) fn compare(
     certificate: &Certificate,
     mut done: impl FnMut(&Comparison) -> Result<()>,
 ) -> Result<Vec<Comparison>> {
-    let most = cases.iter().map(|&(_, streams)| streams).max().unwrap_or(0);
-    let mut running = Vec::new();
-    for &variant in variants {
-        let mut relay = Relay::start(variant, folder, variant.name(), certificate)?;
-        let pairs = open(&mut relay, most)?;
-        running.push((relay, pairs));
-    }
+    let mut running = variants
+        .iter()
+        .map(|&variant| Relay::start(variant, folder, variant.name(), certificate))
+        .collect::<Result<Vec<_>>>()?;
     let mut comparisons = Vec::new();
     for &(case, streams) in cases {
         let pattern = Pattern::new(case.payload());
-        let figures = rounds::run(plan.rounds, &mut running, |(relay, pairs)| {
-            turn(relay, pairs, case, &pattern, streams, plan)
-                .with_context(|| format!("{}, {} x {streams}", relay.variant.name(), case.name()))
+        let mut up = running
+            .iter_mut()
+            .map(|relay| Ok(Up { pairs: open(relay, streams)?, relay, turns: 0 }))
+            .collect::<Result<Vec<_>>>()?;
+        let mut behind = usize::MAX;
+        let figures = rounds::run(plan.rounds, &mut up, |up| {
+            let round = up.turns;
+            up.turns += 1;
+            let name = up.relay.variant.name();
+            if behind < round {
+                up.pairs = open(up.relay, streams)?;
+            }
+            let (figures, is_behind) = turn(up.relay, &mut up.pairs, case, &pattern, plan)
+                .with_context(|| format!("{name}, {} x {streams}", case.name()))?;
+            if is_behind {
+                behind = behind.min(round);
+                // The relay is to rest in the turns of the others.
+                up.pairs = Pairs::default();
+            }
+            Ok(figures)
         })?;
         let series =
             variants.iter().zip(figures).map(|(&variant, rounds)| Series { variant, rounds }).collect();
@@ -101,15 +115,26 @@ pub(crate) fn compare(
     Ok(comparisons)
 }
 
+/// A relay and its streams in one case.
+///
+/// All relays begin a case with new streams, and keep them as long as all can: what the kernels have learned of a connection
+/// changes what it is like in the next turn. When one relay has to get new ones, because messages are under way at the end
+/// of its turn, all get new ones in the rounds that follow.
+struct Up<'a> {
+    relay: &'a mut Relay,
+    pairs: Pairs,
+    turns: usize,
+}
+
+/// What one turn gave, and whether messages are still under way.
 fn turn(
-    relay: &mut Relay,
+    relay: &Relay,
     pairs: &mut Pairs,
     case: Case,
     pattern: &Pattern,
-    streams: usize,
     plan: Plan,
-) -> Result<Figures> {
-    let (senders, receivers) = (&mut pairs.senders[..streams], &mut pairs.receivers[..streams]);
+) -> Result<(Figures, bool)> {
+    let (senders, receivers) = (&mut pairs.senders, &mut pairs.receivers);
     // From end to end, a client writes one piece at a time.
     let batched = case.batched() && !relay.variant.is_end_to_end();
     let progress = Progress::new();
@@ -134,12 +159,11 @@ fn turn(
         let arrived = receiving.join().map_err(|_| anyhow!("the receiver panicked"))?;
         anyhow::Ok((sent?, arrived?, figures?))
     })?;
-    if !progress.is_abandoned() {
+    let is_behind = progress.is_abandoned();
+    if !is_behind {
         verify(&sent, &arrived, count(pattern.payload()))?;
-        return Ok(figures);
     }
-    *pairs = open(relay, pairs.senders.len())?;
-    Ok(figures)
+    Ok((figures, is_behind))
 }
 
 fn sample(relay: &Relay, progress: &Progress, plan: Plan) -> Result<Figures> {

@@ -66,6 +66,10 @@ impl Page {
             results.rounds
         ));
         self.line(
+            "* All relays begin a case with new streams, and keep them from round to round. Where one has to get new ones, because \
+             messages are still under way when its turn is over, all get new ones in every later round.",
+        );
+        self.line(
             "* Midspan is `midspand edge` as a user runs it, with tickets, metrics and logs; limits on connections are raised, and \
              pings are 10 minutes apart, because the load generator answers none. The other relays are in `benches/peers` and run \
              on one thread.",
