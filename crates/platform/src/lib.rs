@@ -7,6 +7,7 @@
 pub mod activity;
 pub mod admin;
 pub mod clock;
+pub mod copy;
 pub mod duration;
 pub mod http;
 pub mod internal;

@@ -18,7 +18,12 @@ use midspan_core::{
     },
     id::Role,
 };
-use midspan_platform::{clock, listener::Connection, unsent::Unsent};
+use midspan_platform::{
+    clock,
+    copy::{append, copy},
+    listener::Connection,
+    unsent::Unsent,
+};
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
     time::timeout,
@@ -64,15 +69,6 @@ const PAGE: usize = 4096;
 /// the same within its page, or a few bytes beyond.
 fn read_start(scratch: &[u8], least: usize) -> usize {
     least + scratch[least + PAGE / 2..].as_ptr().align_offset(PAGE)
-}
-
-/// The longest copy that is made at once, in bytes: the C library copies more than this with `rep movsb`, which takes a step for
-/// each byte.
-const COPY: usize = 2048;
-
-/// Copies the start of a frame, as long as both are.
-fn copy(to: &mut [u8], from: &[u8]) {
-    to.chunks_mut(COPY).zip(from.chunks(COPY)).for_each(|(to, from)| to.copy_from_slice(from));
 }
 
 /// A connection that a splice can move bytes through.
@@ -334,8 +330,8 @@ impl<IO: Pipe> Half<IO> {
     /// Keeps what could not be passed on.
     fn keep(&mut self, rest: &[u8], wanted: usize) {
         if !rest.is_empty() || self.backlog.is_some() {
-            let mut input = Vec::with_capacity(rest.len());
-            rest.chunks(COPY).for_each(|piece| input.extend_from_slice(piece));
+            let mut input = Vec::new();
+            append(&mut input, rest);
             let backlog = self.backlog.get_or_insert_default();
             (backlog.input, backlog.wanted) = (input, wanted);
         }

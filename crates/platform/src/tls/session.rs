@@ -15,7 +15,7 @@ use rustls::{
 };
 
 use super::secrets::{Secrets, update};
-use crate::unsent::Unsent;
+use crate::{copy::COPY, unsent::Unsent};
 
 /// The type, the version and the length that stand before each record, in bytes.
 pub(super) const HEADER: usize = 5;
@@ -40,18 +40,6 @@ const ALERT_WARNING: u8 = 1;
 const ALERT_FATAL: u8 = 2;
 
 const KEY_UPDATE: usize = 5;
-
-/// The longest copy that is made at once, in bytes.
-///
-/// The C library copies more than 2 KiB with `rep movsb`, which some processors do at a fifteenth of their speed when the
-/// destination lies a few bytes beyond the source within its page, as the payload of a record does after the header.
-pub(super) const COPY: usize = 2048;
-
-/// Appends `from` to `to`, and leaves no spare room.
-pub(super) fn append(to: &mut Vec<u8>, from: &[u8]) {
-    to.reserve_exact(from.len());
-    from.chunks(COPY).for_each(|piece| to.extend_from_slice(piece));
-}
 
 /// Which end of a session this is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

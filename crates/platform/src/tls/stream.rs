@@ -1,6 +1,6 @@
 //! A TLS session as a stream of bytes.
 //!
-//! Records are read to where the reader wants their payload, and opened there; the records of up to 512 KiB leave in one
+//! Records are read to where the reader wants their payload, and opened there; the records of up to 256 KiB leave in one
 //! write. A session keeps bytes of its own only for a record that is not whole, for a reader that has less room than a
 //! record takes, and for a socket that takes nothing.
 
@@ -18,13 +18,13 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::{
     handshake::{self, Done, Turns, broken, truncated},
-    session::{Fatal, Opened, RECORD_MAX, Session, append},
+    session::{Fatal, Opened, RECORD_MAX, SEALED_MAX, Session},
 };
-use crate::unsent::Unsent;
+use crate::{copy::append, unsent::Unsent};
 
-/// The most payload that is sealed and written at once, in bytes: what was sealed first is still in the caches when the
-/// last has been. 3 MiB at once took a tenth more of the processor, and 256 KiB gained nothing.
-pub(super) const SEAL: usize = 512 * 1024;
+/// The most payload that is sealed and written at once, in bytes: that of 16 records. What was sealed first is still in the
+/// caches when the last has been. 512 KiB took up to a tenth more of the processor, and so did 3 MiB.
+pub(super) const SEAL: usize = 16 * SEALED_MAX;
 
 thread_local! {
     /// Where records are opened for a reader that has less room than one takes.
