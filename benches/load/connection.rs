@@ -11,6 +11,8 @@ use std::{
 use anyhow::{Context as _, Result, bail, ensure};
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection};
 
+use crate::records::{RECORD, Records};
+
 /// No answer of a relay takes this long.
 const PATIENCE: Duration = Duration::from_secs(20);
 /// What one read takes at most.
@@ -22,19 +24,23 @@ const TLS_CHUNK: usize = 256 << 10;
 #[derive(Debug)]
 pub(crate) struct Connection {
     socket: TcpStream,
-    tls: Option<Box<rustls::Connection>>,
+    tls: Tls,
     nonblocking: bool,
 }
 
-/// Room for what is read; one for each thread.
-pub(crate) struct Scratch {
-    wire: Vec<u8>,
-    plain: Vec<u8>,
+#[derive(Debug)]
+enum Tls {
+    None,
+    Handshake(Box<rustls::Connection>),
+    Open(Box<Records>),
 }
+
+/// Room for what is read; one for each thread.
+pub(crate) struct Scratch(Vec<u8>);
 
 impl Scratch {
     pub(crate) fn new() -> Self {
-        Self { wire: vec![0; CHUNK], plain: vec![0; CHUNK] }
+        Self(vec![0; RECORD + CHUNK])
     }
 }
 
@@ -50,8 +56,9 @@ impl Connection {
         let mut connection = Self::of(socket)?;
         if let Some(config) = tls {
             let name = name.to_owned().try_into()?;
-            connection.secure(ClientConnection::new(Arc::clone(config), name)?.into());
-            connection.flush()?;
+            let mut handshake = ClientConnection::new(Arc::clone(config), name)?;
+            handshake.write_tls(&mut connection.socket)?;
+            connection.tls = Tls::Handshake(Box::new(handshake.into()));
         }
         Ok(connection)
     }
@@ -60,14 +67,10 @@ impl Connection {
     pub(crate) fn accept(listener: &TcpListener, tls: Option<&Arc<ServerConfig>>) -> Result<Self> {
         let mut connection = Self::of(listener.accept()?.0)?;
         if let Some(config) = tls {
-            connection.secure(ServerConnection::new(Arc::clone(config))?.into());
+            let handshake = ServerConnection::new(Arc::clone(config))?;
+            connection.tls = Tls::Handshake(Box::new(handshake.into()));
         }
         Ok(connection)
-    }
-
-    fn secure(&mut self, mut tls: rustls::Connection) {
-        tls.set_buffer_limit(Some(TLS_CHUNK));
-        self.tls = Some(Box::new(tls));
     }
 
     /// A connection that is there already, without TLS.
@@ -75,7 +78,7 @@ impl Connection {
         socket.set_nodelay(true)?;
         socket.set_read_timeout(Some(PATIENCE))?;
         socket.set_write_timeout(Some(PATIENCE))?;
-        Ok(Self { socket, tls: None, nonblocking: false })
+        Ok(Self { socket, tls: Tls::None, nonblocking: false })
     }
 
     pub(crate) fn set_nonblocking(&mut self, nonblocking: bool) -> io::Result<()> {
@@ -103,11 +106,15 @@ impl Connection {
 
     /// Does the TLS handshake to its end, on a blocking socket.
     pub(crate) fn handshake(&mut self) -> Result<()> {
-        if let Some(tls) = &mut self.tls {
-            while tls.is_handshaking() {
-                tls.complete_io(&mut self.socket).context("TLS handshake")?;
+        self.tls = match std::mem::replace(&mut self.tls, Tls::None) {
+            Tls::Handshake(mut tls) => {
+                while tls.is_handshaking() {
+                    tls.complete_io(&mut self.socket).context("TLS handshake")?;
+                }
+                Tls::Open(Box::new(Records::after(*tls)?))
             }
-        }
+            tls @ (Tls::None | Tls::Open(_)) => tls,
+        };
         Ok(())
     }
 
@@ -138,20 +145,26 @@ impl Connection {
 
     /// Hands over what is taken of `bytes`. With TLS some of it may wait here for a [`Connection::flush`].
     pub(crate) fn send(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let Some(tls) = &mut self.tls else { return self.socket.write(bytes) };
-        if !flush_tls(tls, &mut self.socket)? {
-            return Err(ErrorKind::WouldBlock.into());
+        match &mut self.tls {
+            Tls::None => self.socket.write(bytes),
+            Tls::Handshake(_) => Err(io::Error::other("the TLS handshake is not done")),
+            Tls::Open(tls) => {
+                if !tls.send(&mut self.socket)? {
+                    return Err(ErrorKind::WouldBlock.into());
+                }
+                let bytes = &bytes[..bytes.len().min(TLS_CHUNK)];
+                tls.seal(bytes)?;
+                tls.send(&mut self.socket)?;
+                Ok(bytes.len())
+            }
         }
-        let taken = tls.writer().write(&bytes[..bytes.len().min(TLS_CHUNK)])?;
-        flush_tls(tls, &mut self.socket)?;
-        Ok(taken)
     }
 
     /// Sends what waits here; whether nothing is left.
     pub(crate) fn flush(&mut self) -> io::Result<bool> {
         match &mut self.tls {
-            Some(tls) => flush_tls(tls, &mut self.socket),
-            None => Ok(true),
+            Tls::Open(tls) => tls.send(&mut self.socket),
+            Tls::None | Tls::Handshake(_) => Ok(true),
         }
     }
 
@@ -161,33 +174,44 @@ impl Connection {
         scratch: &mut Scratch,
         mut take: impl FnMut(&[u8]) -> Result<()>,
     ) -> Result<Received> {
-        let buffer = if self.tls.is_some() { &mut scratch.wire } else { &mut scratch.plain };
-        let length = match self.socket.read(buffer) {
-            Ok(0) => return Ok(Received::End),
-            Ok(length) => length,
+        let (received, bytes) = self.read(scratch)?;
+        match &mut self.tls {
+            Tls::Open(tls) => tls.open(&mut scratch.0[..bytes], take)?,
+            Tls::None | Tls::Handshake(_) => take(&scratch.0[..bytes])?,
+        }
+        Ok(received)
+    }
+
+    /// One read from a connection with TLS, whose records are counted and, but for the first, not opened. How many bytes of
+    /// payload there were.
+    pub(crate) fn count(&mut self, scratch: &mut Scratch) -> Result<(Received, usize)> {
+        let (received, bytes) = self.read(scratch)?;
+        let Tls::Open(tls) = &mut self.tls else { bail!("there are no records") };
+        Ok((received, tls.count(&mut scratch.0[..bytes])?))
+    }
+
+    #[cfg(test)]
+    pub(crate) fn into_records(self) -> Option<Records> {
+        if let Tls::Open(records) = self.tls { Some(*records) } else { None }
+    }
+
+    pub(crate) fn is_tls(&self) -> bool {
+        matches!(self.tls, Tls::Open(_))
+    }
+
+    /// One read, to behind what is left of the last one; how much there is then.
+    fn read(&mut self, Scratch(buffer): &mut Scratch) -> Result<(Received, usize)> {
+        let kept = if let Tls::Open(tls) = &self.tls { tls.resume(buffer) } else { 0 };
+        match self.socket.read(&mut buffer[kept..kept + CHUNK]) {
+            Ok(0) => Ok((Received::End, kept)),
+            Ok(length) => Ok((Received::Some, kept + length)),
             // A blocking socket says so when its time is over, and then it is an error.
             Err(error) if error.kind() == ErrorKind::WouldBlock && self.nonblocking => {
-                return Ok(Received::Nothing);
+                Ok((Received::Nothing, kept))
             }
-            Err(error) if error.kind() == ErrorKind::ConnectionReset => return Ok(Received::End),
-            Err(error) => return Err(error).context("nothing comes from the relay"),
-        };
-        let Some(tls) = &mut self.tls else {
-            take(&scratch.plain[..length])?;
-            return Ok(Received::Some);
-        };
-        // The library reads no more than 4 KiB at a time by itself, which would cost a system call each.
-        let mut wire = &scratch.wire[..length];
-        while !wire.is_empty() {
-            tls.read_tls(&mut wire)?;
-            let mut left = tls.process_new_packets()?.plaintext_bytes_to_read();
-            while left > 0 {
-                let length = tls.reader().read(&mut scratch.plain)?;
-                take(&scratch.plain[..length])?;
-                left -= length;
-            }
+            Err(error) if error.kind() == ErrorKind::ConnectionReset => Ok((Received::End, kept)),
+            Err(error) => Err(error).context("nothing comes from the relay"),
         }
-        Ok(Received::Some)
     }
 }
 
@@ -203,15 +227,4 @@ impl AsFd for Connection {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.socket.as_fd()
     }
-}
-
-fn flush_tls(tls: &mut rustls::Connection, socket: &mut TcpStream) -> io::Result<bool> {
-    while tls.wants_write() {
-        match tls.write_tls(socket) {
-            Ok(_) => {}
-            Err(error) if error.kind() == ErrorKind::WouldBlock => return Ok(false),
-            Err(error) => return Err(error),
-        }
-    }
-    Ok(true)
 }

@@ -59,6 +59,12 @@ impl Pattern {
         self.payload
     }
 
+    /// What arrives of each frame, if that is known before: a relay may break up a frame above 64 KiB.
+    pub(crate) fn alike(&self, masked: bool) -> Option<Alike> {
+        let frame = self.frame - if masked { 0 } else { 4 };
+        (self.payload <= 64 << 10).then_some(Alike { frame: count(frame), payload: count(self.payload) })
+    }
+
     /// What the first frame says once its mask is off.
     pub(crate) fn plain(&self) -> Vec<u8> {
         content(self.payload)
@@ -110,6 +116,15 @@ pub(crate) struct FrameCounter {
     left: u64,
     control: bool,
     last: bool,
+    /// How many bytes were counted without a look at them.
+    uniform: u64,
+}
+
+/// How long each frame that arrives is, and its payload.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Alike {
+    pub(crate) frame: u64,
+    pub(crate) payload: u64,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -143,6 +158,15 @@ impl FrameCounter {
             self.skip(&mut bytes);
         }
         Ok(())
+    }
+
+    /// Takes so many bytes of whole messages that are all alike, and whose frames are not looked at.
+    pub(crate) fn count(&mut self, bytes: u64, alike: Alike) {
+        self.uniform += bytes;
+        let (whole, rest) = (self.uniform / alike.frame, self.uniform % alike.frame);
+        self.messages = whole;
+        self.payload = whole * alike.payload + rest.saturating_sub(alike.frame - alike.payload);
+        self.left = if rest == 0 { 0 } else { alike.frame - rest };
     }
 
     /// Whether nothing is under way.
@@ -218,6 +242,24 @@ mod tests {
         assert_eq!((counter.messages, counter.payload, counter.closed), (1, 3, false));
         counter.feed(&CLOSE).unwrap();
         assert_eq!((counter.messages, counter.closed), (1, true));
+    }
+
+    #[test]
+    fn counted_frames_are_as_many_as_looked_at_ones() {
+        let pattern = Pattern::new(16 << 10);
+        for cut in [1000, 16_384, 16_385, 100_000] {
+            let (mut fed, mut counted) = (FrameCounter::default(), FrameCounter::default());
+            for chunk in pattern.bytes().chunks(cut) {
+                fed.feed(chunk).unwrap();
+                counted.count(count(chunk.len()), pattern.alike(true).unwrap());
+                assert_eq!(
+                    (counted.messages, counted.payload),
+                    (fed.messages, fed.payload),
+                    "cut into {cut}"
+                );
+            }
+            assert!(counted.is_between());
+        }
     }
 
     #[test]

@@ -14,6 +14,7 @@ mod number;
 mod poller;
 mod process;
 mod receiver;
+mod records;
 mod relays;
 mod report;
 mod rounds;

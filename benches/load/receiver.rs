@@ -10,7 +10,8 @@ use anyhow::{Result, ensure};
 use crate::{
     clock,
     connection::{Connection, Received, Scratch},
-    frames::FrameCounter,
+    frames::{Alike, FrameCounter},
+    number::count,
     poller::{Poller, Until},
 };
 
@@ -64,7 +65,13 @@ impl Progress {
 }
 
 /// Reads from all connections until everything that is expected has come, or is abandoned. What came on each.
-pub(crate) fn run(connections: &mut [Connection], progress: &Progress) -> Result<Vec<FrameCounter>> {
+///
+/// Frames with TLS are counted by the length of their records, where it is known what arrives.
+pub(crate) fn run(
+    connections: &mut [Connection],
+    alike: Option<Alike>,
+    progress: &Progress,
+) -> Result<Vec<FrameCounter>> {
     let mut poller = Poller::new(connections, Until::Readable)?;
     let mut counters: Vec<FrameCounter> = connections.iter().map(|_| FrameCounter::default()).collect();
     let mut scratch = Scratch::new();
@@ -74,7 +81,14 @@ pub(crate) fn run(connections: &mut [Connection], progress: &Progress) -> Result
         for place in poller.wait(WAIT)? {
             let counter = &mut counters[place];
             let before = (counter.payload, counter.messages);
-            let received = connections[place].receive(&mut scratch, |bytes| counter.feed(bytes))?;
+            let connection = &mut connections[place];
+            let received = if let Some(alike) = alike.filter(|_| connection.is_tls()) {
+                let (received, bytes) = connection.count(&mut scratch)?;
+                counter.count(count(bytes), alike);
+                received
+            } else {
+                connection.receive(&mut scratch, |bytes| counter.feed(bytes))?
+            };
             ensure!(received != Received::End && !counter.closed, "the relay closed a stream");
             payload += counter.payload - before.0;
             messages += counter.messages - before.1;

@@ -2,12 +2,12 @@
 
 use anyhow::Result;
 
-/// Gives each of `items` one turn in every round, in reverse order every other round.
+/// Gives each of `items` one turn in every round, which `turn` is told, in reverse order every other round.
 /// The figures of each item, a round each.
 pub(crate) fn run<I, F>(
     rounds: usize,
     items: &mut [I],
-    mut turn: impl FnMut(&mut I) -> Result<F>,
+    mut turn: impl FnMut(usize, &mut I) -> Result<F>,
 ) -> Result<Vec<Vec<F>>> {
     let mut figures: Vec<Vec<F>> = items.iter().map(|_| Vec::with_capacity(rounds)).collect();
     for round in 0..rounds {
@@ -16,7 +16,7 @@ pub(crate) fn run<I, F>(
             order.reverse();
         }
         for place in order {
-            figures[place].push(turn(&mut items[place])?);
+            figures[place].push(turn(round, &mut items[place])?);
         }
     }
     Ok(figures)
@@ -64,11 +64,11 @@ mod tests {
     #[test]
     fn the_order_turns_round() {
         let mut order = Vec::new();
-        let figures = run(3, &mut ['a', 'b'], |&mut item| {
-            order.push(item);
+        let figures = run(3, &mut ['a', 'b'], |round, &mut item| {
+            order.push((round, item));
             Ok(item)
         });
-        assert_eq!(order, ['a', 'b', 'b', 'a', 'a', 'b']);
+        assert_eq!(order, [(0, 'a'), (0, 'b'), (1, 'b'), (1, 'a'), (2, 'a'), (2, 'b')]);
         assert_eq!(figures.unwrap(), [vec!['a'; 3], vec!['b'; 3]]);
     }
 }

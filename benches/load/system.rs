@@ -118,6 +118,8 @@ pub(crate) fn load() -> f64 {
 
 #[cfg(test)]
 mod tests {
+    use std::process::Command;
+
     use super::*;
 
     #[test]
@@ -129,11 +131,17 @@ mod tests {
 
     #[test]
     fn a_process_that_works_uses_time_and_memory() {
-        let before = cpu(std::process::id()).unwrap();
-        let start = crate::clock::now();
-        while start.elapsed() < Duration::from_millis(60) {}
-        assert!(cpu(std::process::id()).unwrap() >= before + Duration::from_millis(20));
-        let memory = memory(std::process::id()).unwrap();
+        // A process of its own: threads of other tests end here meanwhile, and take their time along.
+        let mut busy = Command::new("sh").args(["-c", "while :; do :; done"]).spawn().unwrap();
+        let (start, mut spent) = (crate::clock::now(), Duration::ZERO);
+        while spent < Duration::from_millis(20) && start.elapsed() < Duration::from_secs(20) {
+            spent = cpu(busy.id()).unwrap();
+        }
+        let memory = memory(busy.id());
+        busy.kill().unwrap();
+        busy.wait().unwrap();
+        assert!(spent >= Duration::from_millis(20), "{spent:?}");
+        let memory = memory.unwrap();
         assert!(memory.peak >= memory.resident && memory.resident > 0);
     }
 }

@@ -40,12 +40,14 @@ impl Certificate {
             .with_no_client_auth();
         // Every handshake is a full one.
         client.resumption = Resumption::disabled();
+        client.enable_secret_extraction = true;
         let private = PrivateKeyDer::from(PrivatePkcs8KeyDer::from(made.signing_key.serialize_der()));
         let mut server = ServerConfig::builder_with_provider(provider)
             .with_safe_default_protocol_versions()?
             .with_no_client_auth()
             .with_single_cert(vec![made.cert.der().clone()], private)?;
         server.send_tls13_tickets = 0;
+        server.enable_secret_extraction = true;
         Ok(Self { chain, key, client: Arc::new(client), server: Arc::new(server) })
     }
 }

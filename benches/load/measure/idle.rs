@@ -89,7 +89,7 @@ fn at_once(pairs: &mut Pairs, pattern: &Pattern) -> Result<f64> {
     let (senders, receivers, progress) = (&mut pairs.senders, &mut pairs.receivers, Progress::new());
     progress.expect(count(senders.len()));
     thread::scope(|scope| {
-        let receiving = scope.spawn(|| receiver::run(receivers, &progress));
+        let receiving = scope.spawn(|| receiver::run(receivers, None, &progress));
         for sender in senders {
             sender.send_all(pattern.bytes())?;
         }

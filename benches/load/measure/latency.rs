@@ -77,7 +77,7 @@ pub(crate) fn compare(
     thread::scope(|scope| {
         let measuring = scope.spawn(|| {
             system::pin_thread(cpu)?;
-            rounds::run(plan.rounds, &mut running, |(relay, pairs)| {
+            rounds::run(plan.rounds, &mut running, |_, (relay, pairs)| {
                 turn(pairs, plan.time).with_context(|| format!("{}, round trips", relay.variant.name()))
             })
         });

@@ -87,12 +87,10 @@ pub(crate) fn compare(
         let pattern = Pattern::new(case.payload());
         let mut up = running
             .iter_mut()
-            .map(|relay| Ok(Up { pairs: open(relay, streams)?, relay, turns: 0 }))
+            .map(|relay| Ok(Up { pairs: open(relay, streams)?, relay }))
             .collect::<Result<Vec<_>>>()?;
         let mut behind = usize::MAX;
-        let figures = rounds::run(plan.rounds, &mut up, |up| {
-            let round = up.turns;
-            up.turns += 1;
+        let figures = rounds::run(plan.rounds, &mut up, |round, up| {
             let name = up.relay.variant.name();
             if behind < round {
                 up.pairs = open(up.relay, streams)?;
@@ -123,7 +121,6 @@ pub(crate) fn compare(
 struct Up<'a> {
     relay: &'a mut Relay,
     pairs: Pairs,
-    turns: usize,
 }
 
 /// What one turn gave, and whether messages are still under way.
@@ -137,10 +134,11 @@ fn turn(
     let (senders, receivers) = (&mut pairs.senders, &mut pairs.receivers);
     // From end to end, a client writes one piece at a time.
     let batched = case.batched() && !relay.variant.is_end_to_end();
+    let alike = pattern.alike(!relay.variant.is_websocket());
     let progress = Progress::new();
     let (sent, arrived, figures) = thread::scope(|scope| {
         let sending = scope.spawn(|| sender::run(senders, pattern, batched, &progress));
-        let receiving = scope.spawn(|| receiver::run(receivers, &progress));
+        let receiving = scope.spawn(|| receiver::run(receivers, alike, &progress));
         let figures = sample(relay, &progress, plan);
         progress.stop();
         let end = clock::now() + DRAIN;

@@ -60,7 +60,7 @@ pub(crate) fn compare(
         turn(&mut relay, WARM_UP)?;
         running.push(relay);
     }
-    let figures = rounds::run(rounds, &mut running, |relay| {
+    let figures = rounds::run(rounds, &mut running, |_, relay| {
         turn(relay, pairs).with_context(|| format!("{}, opening and closing", relay.variant.name()))
     })?;
     Ok(variants.iter().zip(figures).map(|(&variant, rounds)| Series { variant, rounds }).collect())

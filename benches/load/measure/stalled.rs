@@ -71,7 +71,7 @@ fn stall(relay: &Relay, process: u32, pairs: &mut Pairs) -> Result<u64> {
         if held.is_err() {
             progress.abandon();
         }
-        let receiving = scope.spawn(|| receiver::run(receivers, &progress));
+        let receiving = scope.spawn(|| receiver::run(receivers, None, &progress));
         let sent = sending.join().map_err(|_| anyhow!("the sender panicked"))?;
         progress.expect(sent.as_ref().map_or(0, |sent| sent.iter().sum()));
         let arrived = receiving.join().map_err(|_| anyhow!("the receiver panicked"))?;

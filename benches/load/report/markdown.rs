@@ -78,7 +78,11 @@ impl Page {
             "* Where the kernel paces what it sends, as with bbr, Midspan spares connections from nearby (ARCHITECTURE.md), \
              which all are here; the other relays take what the kernel gives them.",
         );
-        self.line("* Payload goes from the service to the device. Every byte is counted, and the first message of each stream is compared.");
+        self.line(
+            "* Payload goes from the service to the device. Every byte is counted, and the first message of each stream is compared. \
+             The load generator is to cost less than a relay, so it looks at headers only: at those of frames, and with TLS at those \
+             of records, of which it opens the first in each read.",
+        );
         if results.quick {
             self.line("* **A quick run: turns are short, and the figures rough.**");
         }
