@@ -13,6 +13,7 @@ mod ends;
 mod fleet;
 mod frames;
 mod fuzz_seeds;
+mod gathering;
 mod half_close;
 mod handshake;
 mod idle;

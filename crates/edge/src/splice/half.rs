@@ -31,6 +31,7 @@ use tokio::{
 
 use super::{
     Cause,
+    gathering::Gathering,
     shared::{Kept, READ_MOST, READ_PLAIN, Shared},
     turns::AT_ONCE,
 };
@@ -78,6 +79,12 @@ pub trait Pipe: AsyncRead + AsyncWrite + Unpin {
 
     /// How many bytes it keeps, of what was written to it and of what came in.
     fn backlog(&self) -> usize;
+
+    /// Has its reader woken for so many bytes at once, and not for less; or for its end. Whether that is so now: many a
+    /// connection has no such mark.
+    fn set_low_water(&self, _bytes: usize) -> bool {
+        false
+    }
 }
 
 impl Pipe for Connection {
@@ -87,6 +94,10 @@ impl Pipe for Connection {
 
     fn backlog(&self) -> usize {
         Self::backlog(self)
+    }
+
+    fn set_low_water(&self, bytes: usize) -> bool {
+        Self::set_low_water(self, bytes)
     }
 }
 
@@ -126,6 +137,7 @@ pub(super) struct Half<IO> {
     /// How much is read from it at once. Where its peer takes less than all of that, it becomes as much as the peer took, or
     /// half, and it grows from there.
     appetite: usize,
+    gathering: Gathering,
     /// How often it was read from in a row, without anything from the other leg.
     unanswered: u8,
     /// In how many slices in a row there was always something to move from it.
@@ -179,6 +191,7 @@ impl<IO: Pipe> Half<IO> {
             hold: true,
             waited: false,
             appetite: APPETITE_LEAST,
+            gathering: Gathering::default(),
             unanswered: 0,
             slices: 0,
             addressed: false,
@@ -216,7 +229,10 @@ impl<IO: Pipe> Half<IO> {
             if read > 0 {
                 let mut buffer = ReadBuf::new(&mut scratch[start..start + read]);
                 match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
-                    Poll::Pending => return Ok(0),
+                    Poll::Pending => {
+                        self.gathering.dry(&self.io, cx);
+                        return Ok(0);
+                    }
                     Poll::Ready(Err(_)) => return Err(Cause::Lost(self.role)),
                     Poll::Ready(Ok(())) => {}
                 }
@@ -227,6 +243,7 @@ impl<IO: Pipe> Half<IO> {
                 self.seen.heard = true;
                 (self.unanswered, to.unanswered) = (self.unanswered.saturating_add(1), 0);
                 moderation::note(read, self.unanswered);
+                self.gathering.heard(read);
                 end += read;
                 if let Some(Backlog { input, wanted, .. }) = self.backlog.as_deref_mut()
                     && self.hold
@@ -383,6 +400,7 @@ impl<IO: Pipe> Half<IO> {
     /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
     pub(super) async fn deliver(&mut self, patience: Patience, shared: &Shared) {
         let mut kept = Kept::new(shared.clone());
+        self.gathering.end(&self.io);
         let mut input = self.input().to_vec();
         let used = self.discard(&mut input);
         self.keep(&input[used..], 0);

@@ -4,6 +4,7 @@
 //! leave in one write. A stream has a buffer only while a leg takes nothing or a frame is not whole, and all streams of
 //! a process share the memory for that; a leg that takes nothing stops the reads from its peer.
 
+mod gathering;
 mod half;
 mod shared;
 mod turns;

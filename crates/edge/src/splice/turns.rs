@@ -114,6 +114,11 @@ impl Drop for Place {
     }
 }
 
+/// How many streams of this thread take turns.
+pub(super) fn in_line() -> u32 {
+    LINE.with(|line| line.length.load(Ordering::Relaxed))
+}
+
 /// How long the turn of one of so many is.
 fn share(length: u32) -> Duration {
     (ROUND / length.max(1)).clamp(TURN_LEAST, TURN_MOST)

@@ -1,7 +1,9 @@
 //! One accepted connection, whatever it runs over.
 
 use std::{
+    ffi::c_int,
     io::{self, IoSlice},
+    os::fd::AsRawFd as _,
     pin::Pin,
     task::{Context, Poll},
 };
@@ -61,6 +63,17 @@ impl Connection {
             Transport::Tcp(_) | Transport::Memory(_) => 0,
             Transport::Tls(stream) => stream.backlog(),
         }
+    }
+
+    /// Has its reader woken for so many bytes at once, and not for less; or for its end. Whether that is so now.
+    ///
+    /// Below that mark the kernel acknowledges at once what comes in (`SO_RCVLOWAT`, socket(7)); it may settle for a lower
+    /// one. Never with TLS.
+    pub fn set_low_water(&self, bytes: usize) -> bool {
+        let (Transport::Tcp(socket), Ok(bytes)) = (&self.transport, c_int::try_from(bytes)) else {
+            return false;
+        };
+        uapi::setsockopt(socket.as_raw_fd(), uapi::c::SOL_SOCKET, uapi::c::SO_RCVLOWAT, &bytes).is_ok()
     }
 
     /// Whether the peer has ended its direction, also when there are bytes before that end which nobody has read yet.
@@ -125,5 +138,70 @@ impl AsyncWrite for Connection {
 
     fn poll_shutdown(self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         self.io().poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpListener,
+        time::timeout,
+    };
+
+    use super::*;
+
+    const MARK: usize = 64 * 1024;
+
+    /// The accepted end is the second.
+    async fn connected() -> (TcpStream, Connection) {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let peer = TcpStream::connect(listener.local_addr().unwrap());
+        let (peer, accepted) = tokio::join!(peer, listener.accept());
+        (peer.unwrap(), Connection { transport: Transport::Tcp(accepted.unwrap().0), _held: None })
+    }
+
+    /// What comes of a read within `time`, if anything.
+    async fn read(connection: &mut Connection, time: Duration) -> Option<usize> {
+        let mut buffer = vec![0; 2 * MARK];
+        timeout(time, connection.read(&mut buffer)).await.ok().map(Result::unwrap)
+    }
+
+    const SHORT: Duration = Duration::from_millis(100);
+    const LONG: Duration = Duration::from_secs(30);
+
+    #[tokio::test]
+    async fn below_the_mark_nobody_is_woken_until_it_is_lowered() {
+        let (mut peer, mut connection) = connected().await;
+        assert!(connection.set_low_water(MARK));
+        assert_eq!(read(&mut connection, SHORT).await, None, "nothing was sent");
+        peer.write_all(b"little").await.unwrap();
+        assert_eq!(read(&mut connection, SHORT).await, None);
+        assert!(connection.set_low_water(1));
+        assert_eq!(read(&mut connection, LONG).await, Some(6));
+    }
+
+    #[tokio::test]
+    async fn at_the_mark_and_at_the_end_the_reader_is_woken() {
+        let (mut peer, mut connection) = connected().await;
+        assert!(connection.set_low_water(MARK));
+        peer.write_all(&vec![7; MARK]).await.unwrap();
+        let mut read_so_far = 0;
+        while read_so_far < MARK {
+            read_so_far += read(&mut connection, LONG).await.unwrap();
+        }
+        peer.write_all(b"little").await.unwrap();
+        assert_eq!(read(&mut connection, SHORT).await, None);
+        drop(peer);
+        assert_eq!(read(&mut connection, LONG).await, Some(6));
+        assert_eq!(read(&mut connection, LONG).await, Some(0));
+    }
+
+    #[tokio::test]
+    async fn a_connection_in_memory_has_no_mark() {
+        let (_peer, stream) = tokio::io::duplex(64);
+        assert!(!Connection::memory(stream).set_low_water(MARK));
     }
 }
