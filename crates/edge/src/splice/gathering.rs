@@ -8,7 +8,7 @@
 
 use std::{cell::Cell, future::Future as _, pin::Pin, task::Context, time::Duration};
 
-use tokio::time::{Sleep, sleep};
+use tokio::time::{Instant, Sleep, sleep};
 
 use super::{half::Pipe, turns};
 
@@ -22,71 +22,83 @@ const GATHERED: usize = 1536 * 1024;
 const WAIT: Duration = Duration::from_millis(1);
 
 thread_local! {
-    /// How many reads there were on this thread, of all legs.
-    static READS: Cell<u32> = const { Cell::new(0) };
+    static STREAK: Cell<Streak> = const { Cell::new(Streak::NONE) };
 }
 
-/// Whether more of a leg's input is to come together, and since when it is waited for.
+/// Whether more of a leg's input is to come together. There is one for each leg, so it is small.
 #[derive(Debug, Default)]
 pub(super) struct Gathering {
-    streak: Streak,
-    /// Whether the low-water mark is set.
-    marked: bool,
-    wait: Option<Pin<Box<Sleep>>>,
+    /// Which of its thread's reads was the leg's last.
+    last: u32,
+}
+
+/// What a leg has that is waited for: the low-water mark is set.
+#[derive(Debug)]
+pub(super) struct Wait {
+    /// The leg's last read when the wait began: it is over when there was another since.
+    after: u32,
+    end: Pin<Box<Sleep>>,
 }
 
 impl Gathering {
     /// The leg was read from.
     pub(super) fn heard(&mut self, bytes: usize) {
-        self.wait = None;
-        let reads = READS.get().wrapping_add(1);
-        READS.set(reads);
-        self.streak.add(bytes, reads);
+        let streak = STREAK.get().with(self.last, bytes);
+        STREAK.set(streak);
+        self.last = streak.reads;
     }
 
-    /// There is nothing to read from the leg now. The task that sees this is polled again when the wait is over.
-    pub(super) fn dry(&mut self, leg: &impl Pipe, cx: &mut Context<'_>) {
-        if let Some(wait) = &mut self.wait {
-            if wait.as_mut().poll(cx).is_ready() {
-                self.streak = Streak::default();
-                self.end(leg);
+    /// There is nothing to read from the leg now, which is waited for if there is a `wait`. The task that sees this is polled
+    /// again when that is over.
+    pub(super) fn dry(&self, wait: &mut Option<Wait>, leg: &impl Pipe, cx: &mut Context<'_>) {
+        if wait.as_ref().is_none_or(|wait| wait.after != self.last) {
+            let goes_on = STREAK.get().is_long_of(self.last) && turns::in_line() <= 1;
+            // A leg with TLS takes no mark: it would gain nothing.
+            if !goes_on || wait.is_none() && !leg.set_low_water(GATHERED) {
+                return end(wait, leg);
             }
-        } else if self.streak.is_long(READS.get()) && turns::in_line() <= 1 {
-            // Not with TLS: it gains nothing.
-            self.marked = self.marked || leg.set_low_water(GATHERED);
-            if self.marked {
-                let _ = self.wait.insert(Box::pin(sleep(WAIT))).as_mut().poll(cx);
-            }
-        } else {
-            self.end(leg);
+            let wait = wait.get_or_insert_with(|| Wait { after: 0, end: Box::pin(sleep(WAIT)) });
+            wait.after = self.last;
+            wait.end.as_mut().reset(Instant::now() + WAIT);
         }
-    }
-
-    /// The leg is no longer waited for: each byte counts.
-    pub(super) fn end(&mut self, leg: &impl Pipe) {
-        self.wait = None;
-        if std::mem::take(&mut self.marked) {
-            leg.set_low_water(1);
+        if wait.as_mut().is_some_and(|wait| wait.end.as_mut().poll(cx).is_ready()) {
+            STREAK.set(STREAK.get().broken());
+            end(wait, leg);
         }
     }
 }
 
-/// What a leg brought since anybody else on its thread was heard.
-#[derive(Debug, Default)]
+/// The leg is not waited for any more: each byte counts.
+pub(super) fn end(wait: &mut Option<Wait>, leg: &impl Pipe) {
+    if wait.take().is_some() {
+        leg.set_low_water(1);
+    }
+}
+
+/// What one leg of a thread brought, and none of the others in between.
+#[derive(Debug, Clone, Copy)]
 struct Streak {
     bytes: usize,
-    /// Which of the thread's reads was its last.
-    last: u32,
+    /// How many reads there were on the thread, of all legs.
+    reads: u32,
 }
 
 impl Streak {
-    fn add(&mut self, bytes: usize, reads: u32) {
-        let before = if self.last == reads.wrapping_sub(1) { self.bytes } else { 0 };
-        *self = Self { bytes: before.saturating_add(bytes), last: reads };
+    const NONE: Self = Self { bytes: 0, reads: 0 };
+
+    /// One more read, of a leg whose last one was `last`.
+    fn with(self, last: u32, bytes: usize) -> Self {
+        let before = if last == self.reads { self.bytes } else { 0 };
+        Self { bytes: before.saturating_add(bytes), reads: self.reads.wrapping_add(1) }
     }
 
-    fn is_long(&self, reads: u32) -> bool {
-        self.last == reads && self.bytes >= ALONE
+    /// Whether it is long, and that of the leg whose last read was `last`.
+    fn is_long_of(self, last: u32) -> bool {
+        last == self.reads && self.bytes >= ALONE
+    }
+
+    fn broken(self) -> Self {
+        Self { bytes: 0, ..self }
     }
 }
 
@@ -96,22 +108,23 @@ mod tests {
 
     #[test]
     fn a_leg_is_waited_for_once_it_has_brought_much_alone() {
-        let mut streak = Streak::default();
-        for reads in 1..=16 {
-            assert!(!streak.is_long(reads - 1), "{reads}");
-            streak.add(ALONE / 16, reads);
+        let mut streak = Streak::NONE;
+        for read in 1..=16 {
+            assert!(!streak.is_long_of(streak.reads), "{read}");
+            streak = streak.with(streak.reads, ALONE / 16);
         }
-        assert!(streak.is_long(16));
-        assert!(!streak.is_long(17), "another was heard since");
+        assert!(streak.is_long_of(16));
+        assert!(!streak.is_long_of(15), "another leg's");
+        assert!(!streak.broken().is_long_of(16));
     }
 
     #[test]
     fn what_it_brought_before_another_was_heard_does_not_count() {
-        let mut streak = Streak::default();
-        streak.add(ALONE, u32::MAX);
-        streak.add(1, 0);
-        assert!(streak.is_long(0), "the count of reads starts again");
-        streak.add(ALONE - 1, 2);
-        assert!(!streak.is_long(2));
+        let streak = Streak { bytes: ALONE, reads: u32::MAX }.with(u32::MAX, 1);
+        assert!(streak.is_long_of(0), "the count of reads starts again");
+        let other = streak.with(7, 1);
+        assert_eq!((other.bytes, other.reads), (1, 1));
+        let back = other.with(0, ALONE - 1);
+        assert!(!back.is_long_of(2));
     }
 }

@@ -31,7 +31,7 @@ use tokio::{
 
 use super::{
     Cause,
-    gathering::Gathering,
+    gathering::{self, Gathering, Wait},
     shared::{Kept, READ_MOST, READ_PLAIN, Shared},
     turns::AT_ONCE,
 };
@@ -153,7 +153,7 @@ pub(super) struct Half<IO> {
     /// How much of it the counters do not know yet.
     uncounted_payload: u64,
     /// How many messages they do not know yet.
-    uncounted_messages: u64,
+    uncounted_messages: u32,
     seen: Seen,
 }
 
@@ -172,6 +172,8 @@ struct Backlog {
     unflushed: bool,
     /// Since when the connection takes nothing.
     blocked: Option<Instant>,
+    /// That it is waited for, if it is.
+    wait: Option<Wait>,
 }
 
 impl Backlog {
@@ -230,7 +232,7 @@ impl<IO: Pipe> Half<IO> {
                 let mut buffer = ReadBuf::new(&mut scratch[start..start + read]);
                 match Pin::new(&mut self.io).poll_read(cx, &mut buffer) {
                     Poll::Pending => {
-                        self.gathering.dry(&self.io, cx);
+                        self.wait(cx);
                         return Ok(0);
                     }
                     Poll::Ready(Err(_)) => return Err(Cause::Lost(self.role)),
@@ -261,7 +263,9 @@ impl<IO: Pipe> Half<IO> {
             // What stands before a close frame or a mistake goes out all the same.
             self.payload += passage.payload();
             self.uncounted_payload += passage.payload();
-            self.uncounted_messages += passage.messages();
+            // Of a few seconds: far from as many as that.
+            let messages = u32::try_from(passage.messages()).unwrap_or(u32::MAX);
+            self.uncounted_messages = self.uncounted_messages.saturating_add(messages);
             self.seen.payload |= passage.payload() > 0;
             self.keep(&scratch[passage.rest()], wanted);
             if !passage.output().is_empty() {
@@ -279,6 +283,15 @@ impl<IO: Pipe> Half<IO> {
             translated?;
             Ok(kept + end - start)
         })
+    }
+
+    /// Nothing comes from it now. If it brings much, and alone, it is woken for that.
+    fn wait(&mut self, cx: &mut Context<'_>) {
+        let mut wait = self.backlog.as_deref_mut().and_then(|backlog| backlog.wait.take());
+        self.gathering.dry(&mut wait, &self.io, cx);
+        if wait.is_some() {
+            self.backlog.get_or_insert_default().wait = wait;
+        }
     }
 
     fn appetite_most(&self) -> usize {
@@ -400,7 +413,9 @@ impl<IO: Pipe> Half<IO> {
     /// Delivers what this leg is owed, then ends the connection in good order, dropping what still comes in.
     pub(super) async fn deliver(&mut self, patience: Patience, shared: &Shared) {
         let mut kept = Kept::new(shared.clone());
-        self.gathering.end(&self.io);
+        if let Some(backlog) = self.backlog.as_deref_mut() {
+            gathering::end(&mut backlog.wait, &self.io);
+        }
         let mut input = self.input().to_vec();
         let used = self.discard(&mut input);
         self.keep(&input[used..], 0);
@@ -541,7 +556,7 @@ impl<IO: Pipe> Half<IO> {
             (self.hold, backlog.wanted) = (false, 0);
         }
         self.waited = !backlog.input.is_empty();
-        if !self.waited && !backlog.owes() {
+        if !self.waited && !backlog.owes() && backlog.wait.is_none() {
             self.backlog = None;
         }
     }
@@ -550,7 +565,7 @@ impl<IO: Pipe> Half<IO> {
     pub(super) fn count(&mut self, shared: &Shared) {
         let to = shared.leg(self.role.peer());
         to.payload.inc_by(std::mem::take(&mut self.uncounted_payload));
-        to.messages.inc_by(std::mem::take(&mut self.uncounted_messages));
+        to.messages.inc_by(std::mem::take(&mut self.uncounted_messages).into());
         if let Some(since) = self.backlog.as_deref_mut().and_then(|backlog| backlog.blocked.as_mut()) {
             let now = clock::now();
             shared.leg(self.role).blocked_for(now.saturating_duration_since(*since));
