@@ -1,10 +1,9 @@
 //! How a leg that brings much, and is alone with that on its thread, is waited for.
 //!
-//! A relay that keeps up with its sender finds little whenever it looks, sleeps, and is woken for little again. And what it
-//! has not read yet is acknowledged only when it is read: a congestion control like BBR takes that for a slower path, and
-//! sends less. So the socket of such a leg gets a low-water mark: the kernel acknowledges at once what comes in below it,
-//! and wakes the relay for that much, or for the end of the connection. What does not come in time is fetched all the same,
-//! and the leg has to bring much again before it is waited for once more.
+//! A relay that keeps up with its sender finds little whenever it looks, sleeps, and is woken for little again; and what it
+//! has not read yet is not acknowledged either. So the socket of such a leg gets a low-water mark: the kernel acknowledges at
+//! once what comes in below it, and wakes the relay for that much, or for the end of the connection. What does not come in
+//! time is fetched all the same, and the leg has to bring much again before it is waited for once more.
 
 use std::{cell::Cell, future::Future as _, pin::Pin, task::Context, time::Duration};
 
