@@ -14,7 +14,7 @@ use super::{half::Pipe, turns};
 /// A leg is waited for once it has brought so many bytes while nobody else on the thread said anything.
 const ALONE: usize = 16 * 1024 * 1024;
 
-/// The low-water mark, in bytes. 1 MiB gained a little less, half a MiB half as much, and 2 MiB no more.
+/// The low-water mark, in bytes. 1 MiB gained a little less, half a MiB much less, and 2 MiB no more.
 const GATHERED: usize = 1536 * 1024;
 
 /// How long the relay waits for that; a timer takes up to a millisecond more.
