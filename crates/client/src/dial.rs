@@ -7,6 +7,7 @@ use futures_util::{StreamExt as _, stream::FuturesUnordered};
 use http::{Method, Request, StatusCode, Uri, header};
 use http_body_util::Full;
 use hyper_util::client::proxy::matcher::{Intercept, Matcher};
+use midspan_pacing::connect;
 use rustls::ClientConfig;
 use thiserror::Error;
 use tokio::{
@@ -201,11 +202,7 @@ async fn tcp(host: &str, port: u16) -> Result<Connection, DialError> {
         }
     };
     match timeout(CONNECT_TIMEOUT, first_of(addresses)).await {
-        Ok(Ok(stream)) => {
-            // Interactive bytes go out at once; a kernel that refuses this is merely slower.
-            let _ = stream.set_nodelay(true);
-            Ok(Box::new(stream))
-        }
+        Ok(Ok(stream)) => Ok(Box::new(stream)),
         Ok(Err(error)) => Err(fail(describe(&error))),
         Err(_) => Err(fail(format!("no connection within {} s", CONNECT_TIMEOUT.as_secs()))),
     }
@@ -215,19 +212,19 @@ async fn first_of(addresses: Vec<SocketAddr>) -> io::Result<TcpStream> {
     let mut addresses = addresses.into_iter();
     let mut attempts = FuturesUnordered::new();
     let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    attempts.extend(addresses.next().map(TcpStream::connect));
+    attempts.extend(addresses.next().map(connect));
     loop {
         tokio::select! {
             attempt = attempts.next() => match attempt {
                 Some(Ok(stream)) => return Ok(stream),
                 Some(Err(error)) => {
                     failure = error;
-                    attempts.extend(addresses.next().map(TcpStream::connect));
+                    attempts.extend(addresses.next().map(connect));
                 }
                 None => return Err(failure),
             },
             () = sleep(NEXT_ADDRESS_AFTER), if addresses.len() > 0 => {
-                attempts.extend(addresses.next().map(TcpStream::connect));
+                attempts.extend(addresses.next().map(connect));
             }
         }
     }

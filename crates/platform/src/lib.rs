@@ -16,7 +16,6 @@ pub mod lifecycle;
 pub mod listener;
 pub mod metrics;
 pub mod owners;
-pub mod pacing;
 pub mod rendezvous;
 pub mod secrets;
 pub mod telemetry;

@@ -34,7 +34,6 @@ use midspan_platform::{
     internal::{Calls as _, advertised},
     listener::Passer,
     metrics::Counted,
-    pacing,
     rendezvous::{Lease, ServerRole, Timing},
 };
 use tokio::{
@@ -202,7 +201,7 @@ impl Passer for Edge {
         let Way { address, .. } = ways.get(&edge)?;
         let keys = self.secrets.ticket_keys();
         let opened = async {
-            let mut socket = pacing::connect(address).await?;
+            let mut socket = midspan_pacing::connect(address).await?;
             let mut first = passed::seal(addresses, self.owner.incarnation, clock::unix(), &keys);
             first.extend(hello);
             socket.write_all(&first).await?;

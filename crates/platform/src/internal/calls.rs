@@ -29,7 +29,7 @@ use tokio::{
 use tokio_util::sync::CancellationToken;
 
 use super::{INCARNATION, Identity, name_of};
-use crate::{lifecycle::Lifecycle, pacing, rendezvous::ServerRole, tls::TlsStream};
+use crate::{lifecycle::Lifecycle, rendezvous::ServerRole, tls::TlsStream};
 
 /// Why a call had no answer.
 #[derive(Debug, Clone, PartialEq, Error)]
@@ -115,7 +115,7 @@ impl Internal {
     /// Connects to another process, which proves that it has the role `role`.
     pub async fn dial(&self, role: ServerRole, to: &Owner) -> Result<TlsStream<TcpStream>, CallError> {
         let connected = async {
-            let socket = pacing::connect(&to.address).await?;
+            let socket = midspan_pacing::connect(&to.address).await?;
             let name = ServerName::try_from(name_of(role)).map_err(io::Error::other)?;
             TlsStream::connect(socket, self.identity.client_config(), name).await
         };

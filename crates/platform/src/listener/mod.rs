@@ -10,6 +10,7 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use clap::Args;
 use midspan_core::{proxy::Addresses, ticket::TicketKeys};
+use midspan_pacing::{Acceptor, Spared, new_socket};
 use prometheus::{IntCounterVec, IntGaugeVec};
 use rustls::ServerConfig;
 use tokio::{
@@ -31,7 +32,6 @@ use crate::{
     http::{Handler, Peer},
     lifecycle::Lifecycle,
     metrics::{Counted, Metrics},
-    pacing::{self, Acceptor, Spared},
     tls::{TlsStream, Turns, asked_name},
     watched::Watched,
 };
@@ -262,7 +262,7 @@ impl Listener {
 }
 
 fn listen(address: SocketAddr, shared: bool) -> io::Result<Socket> {
-    let socket = pacing::new_socket(address)?;
+    let socket = new_socket(address)?;
     // Connections of a process that has just ended may still be there.
     socket.set_reuseaddr(true)?;
     socket.set_reuseport(shared)?;

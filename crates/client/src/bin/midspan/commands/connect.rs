@@ -14,9 +14,10 @@ use midspan_client::{
     Capabilities, DeviceAddress, OpenError, Service, Stream, StreamError, StreamName, StreamRequest, Traffic,
     describe, stream_request,
 };
+use midspan_pacing::Acceptor;
 use tokio::{
     io::{AsyncWrite, Stdout, stdin, stdout},
-    net::{TcpListener, TcpStream, lookup_host},
+    net::{TcpStream, lookup_host},
     sync::Semaphore,
     task::JoinSet,
     time::{Instant, sleep},
@@ -66,7 +67,7 @@ pub(crate) async fn run(arguments: Arguments, global: &Global) -> Result<(), Fai
     match listen {
         Some(listen) => {
             let address = listen.resolve().await?;
-            let listener = TcpListener::bind(address).await.map_err(|error| {
+            let listener = Acceptor::bind(address, BACKLOG).map_err(|error| {
                 Failure::other(format!("cannot listen on {address}: {}", describe(&error)))
             })?;
             let address = listener.local_addr()?;
@@ -89,7 +90,7 @@ struct Opener {
 }
 
 impl Opener {
-    async fn accept_all(self, listener: TcpListener) {
+    async fn accept_all(self, listener: Acceptor) {
         let opener = Arc::new(self);
         let places = Arc::new(Semaphore::new(STREAMS_MAX));
         let mut streams = JoinSet::new();
@@ -246,6 +247,9 @@ const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The most streams of one listener; further connections wait.
 const STREAMS_MAX: usize = 1024;
+
+/// How many connections may wait in the kernel to be accepted.
+const BACKLOG: u32 = 1024;
 
 /// After a failed accept, usually because there are no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);

@@ -71,7 +71,7 @@ impl Handler for LocalProxy {
     async fn decide(&self, invitation: &Invitation) -> Result<Self::Accepted, String> {
         let target = self.allow.target(&invitation.name)?;
         let address = (target.host.as_str(), target.port);
-        match timeout(DIAL_TIMEOUT, TcpStream::connect(address)).await {
+        match timeout(DIAL_TIMEOUT, midspan_pacing::connect(address)).await {
             Ok(Ok(local)) => Ok((target.clone(), local)),
             Ok(Err(error)) => Err(format!("cannot reach {target}: {}", describe(&error))),
             Err(_) => {

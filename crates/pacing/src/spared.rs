@@ -1,13 +1,6 @@
-//! Which connections the kernel paces.
-//!
-//! A congestion control like BBR paces: it spreads what a socket sends over time, with a timer for each burst. Over a long
-//! path that spares the queues on the way. A path of less than half a millisecond has none that matter, and the timers take a
-//! quarter to a third of a relay's processor time. So connections with peers nearby are not paced; all others have what the
-//! kernel gives them.
+//! How pacing is taken from a socket, and given back.
 
 use std::{
-    io,
-    net::SocketAddr,
     os::fd::{AsFd, AsRawFd as _},
     time::Duration,
 };
@@ -16,7 +9,6 @@ use rustix::net::{
     AddressFamily, SocketType, socket,
     sockopt::{set_tcp_congestion, tcp_congestion},
 };
-use tokio::net::{TcpListener, TcpSocket, TcpStream, lookup_host};
 use tracing::debug;
 
 /// Peers with a shorter round trip are nearby: on the same machine, or in the same data centre.
@@ -33,7 +25,7 @@ const MIN_RTT: usize = 37;
 /// How the pacing of a socket was taken away, before it listened or connected: one that was paced once has its timers for
 /// good.
 #[derive(Debug)]
-pub(crate) struct Spared {
+pub struct Spared {
     /// The congestion control that the kernel gave it.
     kernels: String,
     /// The one that it has instead.
@@ -44,7 +36,7 @@ pub(crate) struct Spared {
 impl Spared {
     /// Takes pacing from a socket that is not in use yet. `None` where the kernel does not pace it, or does not let us change
     /// our mind.
-    pub(crate) fn of(new: impl AsFd) -> Option<Self> {
+    pub fn of(new: impl AsFd) -> Option<Self> {
         let kernels = tcp_congestion(&new).ok().filter(|name| name.starts_with("bbr"))?;
         Self::instead_of(kernels, NEAR, new)
     }
@@ -62,7 +54,7 @@ impl Spared {
     /// Gives a connection of that socket the kernel's congestion control, unless the peer is nearby.
     ///
     /// The round trip of the handshake says so; a connection without one, as under a flood, is not nearby.
-    fn settle(&self, connection: impl AsFd) {
+    pub(crate) fn settle(&self, connection: impl AsFd) {
         let is_near = round_trip(&connection).is_some_and(|time| time < self.near);
         // One that the way there has chosen stays, as `ip route` can.
         if is_near || tcp_congestion(&connection).is_ok_and(|name| name != self.ours) {
@@ -72,58 +64,6 @@ impl Spared {
             debug!(%error, "a connection from afar is not paced");
         }
     }
-}
-
-/// Accepts connections of a listening socket whose pacing was taken away, if it had any.
-#[derive(Debug)]
-pub(crate) struct Acceptor {
-    socket: TcpListener,
-    spared: Option<Spared>,
-}
-
-impl Acceptor {
-    pub(crate) fn new(socket: TcpListener, spared: Option<Spared>) -> Self {
-        Self { socket, spared }
-    }
-
-    pub(crate) async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
-        let (connection, address) = self.socket.accept().await?;
-        if let Some(spared) = &self.spared {
-            spared.settle(&connection);
-        }
-        Ok((connection, address))
-    }
-}
-
-/// Connects to `host:port`, whichever of its addresses answers; small messages do not wait for an acknowledgement.
-///
-/// Fails as the last address did.
-pub async fn connect(address: &str) -> io::Result<TcpStream> {
-    let mut failure = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
-    for address in lookup_host(address).await? {
-        match connect_to(address).await {
-            Ok(connection) => return Ok(connection),
-            Err(error) => failure = error,
-        }
-    }
-    Err(failure)
-}
-
-async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
-    let socket = new_socket(address)?;
-    let spared = Spared::of(&socket);
-    let connection = socket.connect(address).await?;
-    if let Some(spared) = spared {
-        spared.settle(&connection);
-    }
-    Ok(connection)
-}
-
-/// A socket for this kind of address, whose small messages do not wait for an acknowledgement; what it accepts inherits that.
-pub(crate) fn new_socket(address: SocketAddr) -> io::Result<TcpSocket> {
-    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
-    socket.set_nodelay(true)?;
-    Ok(socket)
 }
 
 /// The shortest round trip of a connection so far, if the kernel has seen one.
@@ -137,9 +77,13 @@ fn round_trip(connection: impl AsFd) -> Option<Duration> {
 
 #[cfg(test)]
 mod tests {
-    use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+    use tokio::{
+        io::{AsyncReadExt as _, AsyncWriteExt as _},
+        net::TcpStream,
+    };
 
     use super::*;
+    use crate::{Acceptor, connect, new_socket};
 
     /// Nothing on this machine takes so long, however busy it is.
     const LONG: Duration = Duration::from_secs(1);
@@ -154,8 +98,7 @@ mod tests {
 
     /// The accepted end is the second.
     async fn connected(listener: &Acceptor) -> (TcpStream, TcpStream) {
-        let address = listener.socket.local_addr().unwrap().to_string();
-        let (peer, accepted) = tokio::join!(connect(&address), listener.accept());
+        let (peer, accepted) = tokio::join!(connect(listener.local_addr().unwrap()), listener.accept());
         (peer.unwrap(), accepted.unwrap().0)
     }
 
@@ -213,11 +156,5 @@ mod tests {
         peer.read_exact(&mut [0]).await.unwrap();
         assert!(round_trip(&connection).unwrap() <= handshake);
         assert_eq!(round_trip(new_socket(([127, 0, 0, 1], 0).into()).unwrap()), None);
-    }
-
-    #[tokio::test]
-    async fn a_name_without_a_listener_says_why() {
-        let nobody = listener(LONG).socket.local_addr().unwrap().to_string();
-        assert_eq!(connect(&nobody).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 }
