@@ -14,7 +14,7 @@ use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use crate::{
     relaying::{Ended, Way, run},
-    splice::{Kept, Limits, Shared},
+    splice::{Kept, Limits, Pipe, Shared},
 };
 
 /// The most that is read at once, in bytes.
@@ -36,8 +36,8 @@ pub(super) async fn pipe<Leg, Owner>(
     limits: &Limits,
 ) -> Ended
 where
-    Leg: AsyncRead + AsyncWrite + Unpin,
-    Owner: AsyncRead + AsyncWrite + Unpin,
+    Leg: Pipe,
+    Owner: Pipe,
 {
     let [from_leg, from_owner] = early;
     let mut ways = [Piped::new(from_leg, shared.clone()), Piped::new(from_owner, shared)];
@@ -91,8 +91,24 @@ impl Piped {
         Self { rest, kept, unflushed: false, ended: false, shut: false, bytes, moved }
     }
 
-    /// Moves bytes until one side is not ready. Ready once `from` has ended and `to` knows it.
+    /// Moves bytes until one side is not ready. Ready once `from` has ended and `to` knows it. What `to` keeps counts as
+    /// kept, too.
     fn poll<From, To>(
+        &mut self,
+        cx: &mut Context<'_>,
+        from: Pin<&mut From>,
+        mut to: Pin<&mut To>,
+    ) -> Poll<io::Result<()>>
+    where
+        From: AsyncRead + ?Sized,
+        To: Pipe + ?Sized,
+    {
+        let polled = self.poll_both(cx, from, to.as_mut());
+        self.kept.set(self.rest.memory() + to.backlog());
+        polled
+    }
+
+    fn poll_both<From, To>(
         &mut self,
         cx: &mut Context<'_>,
         mut from: Pin<&mut From>,
@@ -123,7 +139,6 @@ impl Piped {
     {
         while !self.rest.is_empty() {
             std::task::ready!(self.rest.poll_write(to.as_mut(), cx))?;
-            self.kept.set(self.rest.memory());
             self.moved = clock::now();
             self.unflushed = true;
         }
@@ -166,7 +181,6 @@ impl Piped {
             self.unflushed = true;
             if taken < read.len() {
                 self.rest.append(&read[taken..]);
-                self.kept.set(self.rest.memory());
             }
             Poll::Ready(Ok(()))
         })
@@ -258,6 +272,65 @@ mod tests {
         assert!(shared.read_size() < before, "what waits is counted");
         drop((leg, owner));
         assert!(ended.join_next().await.unwrap().unwrap().result.is_err());
+        assert_eq!(shared.read_size(), before);
+    }
+
+    /// What TLS is to a socket that takes nothing: it takes a write, and keeps it.
+    struct Keeper(usize);
+
+    impl AsyncRead for Keeper {
+        fn poll_read(self: Pin<&mut Self>, _: &mut Context<'_>, _: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl AsyncWrite for Keeper {
+        fn poll_write(
+            mut self: Pin<&mut Self>,
+            _: &mut Context<'_>,
+            bytes: &[u8],
+        ) -> Poll<io::Result<usize>> {
+            self.0 += bytes.len();
+            Poll::Ready(Ok(bytes.len()))
+        }
+
+        fn poll_flush(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+
+        fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
+            Poll::Pending
+        }
+    }
+
+    impl Pipe for Keeper {
+        fn is_tls(&self) -> bool {
+            true
+        }
+
+        fn backlog(&self) -> usize {
+            self.0
+        }
+    }
+
+    #[tokio::test]
+    async fn what_a_side_keeps_itself_counts_in_the_budget() {
+        let shared = Shared::new(16 * MIB, &Metrics::new());
+        let before = shared.read_size();
+        let (mut leg, leg_here) = duplex(MIB);
+        leg.write_all(&vec![1; MIB]).await.unwrap();
+        let mut ended = JoinSet::new();
+        let share = shared.clone();
+        ended.spawn(async move {
+            pipe(leg_here, Keeper(0), [Bytes::new(), Bytes::new()], share, &limits()).await
+        });
+        let counted = async {
+            while shared.read_size() == before {
+                tokio::task::yield_now().await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), counted).await.expect("what it keeps is counted");
+        ended.shutdown().await;
         assert_eq!(shared.read_size(), before);
     }
 

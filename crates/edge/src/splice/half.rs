@@ -22,10 +22,12 @@ use midspan_platform::{
     clock,
     copy::{append, copy},
     listener::Connection,
+    tls::TlsStream,
     unsent::Unsent,
 };
 use tokio::{
     io::{AsyncRead, AsyncWrite, DuplexStream, ReadBuf},
+    net::TcpStream,
     time::timeout,
 };
 
@@ -98,6 +100,17 @@ impl Pipe for Connection {
 
     fn set_low_water(&self, bytes: usize) -> bool {
         Self::set_low_water(self, bytes)
+    }
+}
+
+/// A leg at the edge that owns its stream.
+impl Pipe for TlsStream<TcpStream> {
+    fn is_tls(&self) -> bool {
+        true
+    }
+
+    fn backlog(&self) -> usize {
+        Self::backlog(self)
     }
 }
 
