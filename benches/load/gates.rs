@@ -42,17 +42,17 @@ const CALLS: [Gate; 4] = [
     // These two depend on how much a socket holds when it is looked at. A relay that writes each message by itself has more than
     // 65,000 calls, and 64 writes per read.
     gate("system calls per GiB at 16 KiB", 15_000.0, None),
-    gate("writes per read at 16 KiB", 3.0, None),
+    gate("writes per read at 16 KiB", 2.0, None),
     gate("system calls per GiB at 16 KiB, TLS", 15_000.0, None),
 ];
-const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.6, Some(2.0))];
+const IDLE_PLAINTEXT: [Gate; 1] = [gate("KiB of user memory per idle stream", 2.3, Some(2.0))];
 const IDLE_TLS: [Gate; 1] = [gate("KiB of user memory per idle stream, TLS", 6.0, Some(6.0))];
-const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 13.0, Some(16.0))];
+const PEAK: [Gate; 1] = [gate("MiB at the most with four streams of 64 MiB messages", 6.0, Some(16.0))];
 const PEAK_TLS: [Gate; 1] =
-    [gate("MiB at the most with four streams of 64 MiB messages, TLS", 14.0, Some(16.0))];
+    [gate("MiB at the most with four streams of 64 MiB messages, TLS", 8.0, Some(16.0))];
 const READERS: [Gate; 2] = [
-    gate("MiB more while 1,000 readers do not read", 125.0, None),
-    gate("MiB more at the most, until they have read everything", 140.0, None),
+    gate("MiB more while 1,000 readers do not read", 110.0, None),
+    gate("MiB more at the most, until they have read everything", 120.0, None),
 ];
 
 /// One line of the table.

@@ -32,6 +32,7 @@ type Log = Arc<Mutex<Vec<(usize, usize)>>>;
 struct End {
     name: usize,
     source: Source,
+    tls: bool,
     log: Log,
 }
 
@@ -79,9 +80,8 @@ impl AsyncWrite for End {
 }
 
 impl Pipe for End {
-    /// So that one read is a slice.
     fn is_tls(&self) -> bool {
-        true
+        self.tls
     }
 
     fn backlog(&self) -> usize {
@@ -99,14 +99,18 @@ struct Streams {
 }
 
 impl Streams {
-    /// So many that never run out of bytes, and have moved some already.
+    /// So many that never run out of bytes, and have moved some already. With TLS, so that one read is a slice.
     async fn start(heavy: usize) -> Self {
+        Self::start_with(heavy, true).await
+    }
+
+    async fn start_with(heavy: usize, tls: bool) -> Self {
         let shared = Shared::new(64 * MIB, &Metrics::new());
         let mut streams = Self { tasks: JoinSet::new(), devices: Vec::new(), shared, log: Log::default() };
         let frames: Arc<[u8]> = Frame::binary(&pattern(60_000)).bytes().repeat(20).into();
         for name in 0..heavy {
             let log = Arc::clone(&streams.log);
-            let end = move |source| End { name, source, log: Arc::clone(&log) };
+            let end = move |source| End { name, source, tls, log: Arc::clone(&log) };
             let (device, far) = duplex(1024);
             streams.splice(end(Source::Endless(Arc::clone(&frames), 0)), end(Source::Now(far)));
             streams.devices.push(device);
@@ -213,4 +217,14 @@ async fn busy_streams_take_turns_in_one_order() {
     let mut all = turns[..3].to_vec();
     all.sort_unstable();
     assert_eq!(all, [0, 1, 2], "{turns:?}");
+}
+
+#[tokio::test(start_paused = true)]
+async fn reads_grow_to_a_mib_with_tls_and_to_a_quarter_of_that_without() {
+    for (tls, longest) in [(true, MIB), (false, MIB / 4)] {
+        let streams = Streams::start_with(1, tls).await;
+        // What one read gave leaves in one write, and a part of a frame waits for the next.
+        let (_, most) = *streams.log.lock().unwrap().iter().max_by_key(|(_, bytes)| *bytes).unwrap();
+        assert!(most > longest / 2 && most < longest * 3 / 2, "{most} bytes at once, TLS: {tls}");
+    }
 }
