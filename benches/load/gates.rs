@@ -32,7 +32,7 @@ const fn gate(what: &'static str, bound: f64, must: Option<f64>) -> Gate {
     Gate { what, bound, must }
 }
 
-// Bounds are lowered when a figure has become better, to 10 or 15 % above it.
+// Bounds are lowered when a figure has become better, to 10 or 15 % above it; more where it moves from run to run.
 const INSTRUCTIONS: [Gate; 2] = [
     gate("user instructions per 64-byte message", 150.0, Some(250.0)),
     gate("user instructions per byte at 16 KiB", 0.12, Some(0.12)),
