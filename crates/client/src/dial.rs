@@ -296,6 +296,13 @@ mod tests {
         assert!(matches!(error, DialError::Plaintext { .. }), "{error}");
     }
 
+    #[tokio::test]
+    async fn interactive_bytes_go_out_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let connection = first_of(vec![listener.local_addr().unwrap()]).await.unwrap();
+        assert!(connection.nodelay().unwrap());
+    }
+
     fn dialer(proxy: &str) -> Dialer {
         Dialer::new(None, Matcher::builder().all(proxy).build(), true)
     }

@@ -13,11 +13,11 @@ mod spared;
 mod spared {
     /// Nothing can be taken away.
     #[derive(Debug)]
-    pub enum Spared {}
+    pub(crate) enum Spared {}
 
     impl Spared {
         /// Leaves the socket as it is.
-        pub fn of<T>(_new: T) -> Option<Self> {
+        pub(crate) fn of<T>(_new: T) -> Option<Self> {
             None
         }
 
@@ -31,29 +31,28 @@ use std::{io, net::SocketAddr};
 
 use tokio::net::{TcpListener, TcpSocket, TcpStream, ToSocketAddrs, lookup_host};
 
-pub use self::spared::Spared;
+use self::spared::Spared;
 
-/// Accepts connections of a listening socket whose pacing was taken away, if it had any.
+/// How many connections may wait in the kernel to be accepted, for each socket.
+const BACKLOG: u32 = 1024;
+
+/// A socket that listens, on no runtime yet.
 #[derive(Debug)]
-pub struct Acceptor {
-    socket: TcpListener,
+pub struct Listening {
+    socket: std::net::TcpListener,
     spared: Option<Spared>,
 }
 
-impl Acceptor {
-    /// Takes a socket that listens, and what was taken from it before that.
-    pub fn new(socket: TcpListener, spared: Option<Spared>) -> Self {
-        Self { socket, spared }
-    }
-
-    /// Listens on `address`, where connections of a process that has just ended may still be. Up to `backlog` new ones wait
-    /// to be accepted.
-    pub fn bind(address: SocketAddr, backlog: u32) -> io::Result<Self> {
+impl Listening {
+    /// Listens on `address`, where connections of a process that has just ended may still be. Others may listen there as
+    /// well if all of them `reuse_port`. To be called on a runtime.
+    pub fn bind(address: SocketAddr, reuse_port: bool) -> io::Result<Self> {
         let socket = new_socket(address)?;
         socket.set_reuseaddr(true)?;
+        socket.set_reuseport(reuse_port)?;
         let spared = Spared::of(&socket);
         socket.bind(address)?;
-        Ok(Self::new(socket.listen(backlog)?, spared))
+        Ok(Self { socket: socket.listen(BACKLOG)?.into_std()?, spared })
     }
 
     /// Where it listens.
@@ -61,6 +60,20 @@ impl Acceptor {
         self.socket.local_addr()
     }
 
+    /// Accepts connections on the runtime of the caller from here on.
+    pub fn acceptor(self) -> io::Result<Acceptor> {
+        Ok(Acceptor { socket: TcpListener::from_std(self.socket)?, spared: self.spared })
+    }
+}
+
+/// Accepts connections of a listening socket, and has those paced that the kernel would pace and whose peers are not nearby.
+#[derive(Debug)]
+pub struct Acceptor {
+    socket: TcpListener,
+    spared: Option<Spared>,
+}
+
+impl Acceptor {
     /// The next connection, and where its peer is. When this is given up, no connection is lost.
     pub async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
         let (connection, address) = self.socket.accept().await?;
@@ -96,7 +109,7 @@ async fn connect_to(address: SocketAddr) -> io::Result<TcpStream> {
 }
 
 /// A socket for this kind of address, whose small messages do not wait for an acknowledgement; what it accepts inherits that.
-pub fn new_socket(address: SocketAddr) -> io::Result<TcpSocket> {
+fn new_socket(address: SocketAddr) -> io::Result<TcpSocket> {
     let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
     socket.set_nodelay(true)?;
     Ok(socket)
@@ -106,16 +119,22 @@ pub fn new_socket(address: SocketAddr) -> io::Result<TcpSocket> {
 mod tests {
     use super::*;
 
+    fn listening() -> Listening {
+        Listening::bind(([127, 0, 0, 1], 0).into(), false).unwrap()
+    }
+
     #[tokio::test]
     async fn a_name_without_a_listener_says_why() {
-        let nobody = Acceptor::bind(([127, 0, 0, 1], 0).into(), 1).unwrap().local_addr().unwrap().to_string();
+        let nobody = listening().local_addr().unwrap().to_string();
         assert_eq!(connect(&nobody).await.unwrap_err().kind(), io::ErrorKind::ConnectionRefused);
     }
 
     #[tokio::test]
     async fn small_messages_do_not_wait() {
-        let listener = Acceptor::bind(([127, 0, 0, 1], 0).into(), 1).unwrap();
-        let (there, here) = tokio::join!(connect(listener.local_addr().unwrap()), listener.accept());
+        let listening = listening();
+        let address = listening.local_addr().unwrap();
+        let acceptor = listening.acceptor().unwrap();
+        let (there, here) = tokio::join!(connect(address), acceptor.accept());
         assert!(there.unwrap().nodelay().unwrap());
         assert!(here.unwrap().0.nodelay().unwrap());
     }

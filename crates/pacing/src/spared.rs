@@ -25,7 +25,7 @@ const MIN_RTT: usize = 37;
 /// How the pacing of a socket was taken away, before it listened or connected: one that was paced once has its timers for
 /// good.
 #[derive(Debug)]
-pub struct Spared {
+pub(crate) struct Spared {
     /// The congestion control that the kernel gave it.
     kernels: String,
     /// The one that it has instead.
@@ -36,7 +36,7 @@ pub struct Spared {
 impl Spared {
     /// Takes pacing from a socket that is not in use yet. `None` where the kernel does not pace it, or does not let us change
     /// our mind.
-    pub fn of(new: impl AsFd) -> Option<Self> {
+    pub(crate) fn of(new: impl AsFd) -> Option<Self> {
         let kernels = tcp_congestion(&new).ok().filter(|name| name.starts_with("bbr"))?;
         Self::instead_of(kernels, NEAR, new)
     }
@@ -93,12 +93,13 @@ mod tests {
         let socket = new_socket(([127, 0, 0, 1], 0).into()).unwrap();
         socket.bind(([127, 0, 0, 1], 0).into()).unwrap();
         let spared = Spared::instead_of("reno".to_owned(), near, &socket);
-        Acceptor::new(socket.listen(16).unwrap(), spared)
+        Acceptor { socket: socket.listen(16).unwrap(), spared }
     }
 
     /// The accepted end is the second.
     async fn connected(listener: &Acceptor) -> (TcpStream, TcpStream) {
-        let (peer, accepted) = tokio::join!(connect(listener.local_addr().unwrap()), listener.accept());
+        let (peer, accepted) =
+            tokio::join!(connect(listener.socket.local_addr().unwrap()), listener.accept());
         (peer.unwrap(), accepted.unwrap().0)
     }
 
@@ -138,7 +139,7 @@ mod tests {
         if let Some(spared) = &mut spared {
             spared.near = LONG;
         }
-        let listener = Acceptor::new(socket.listen(16).unwrap(), spared);
+        let listener = Acceptor { socket: socket.listen(16).unwrap(), spared };
         let (_peer, connection) = connected(&listener).await;
         let has = tcp_congestion(&connection).unwrap();
         assert!(!has.starts_with("bbr"), "{has}");

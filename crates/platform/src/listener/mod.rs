@@ -10,11 +10,11 @@ use anyhow::Context as _;
 use async_trait::async_trait;
 use clap::Args;
 use midspan_core::{proxy::Addresses, ticket::TicketKeys};
-use midspan_pacing::{Acceptor, Spared, new_socket};
+use midspan_pacing::Listening;
 use prometheus::{IntCounterVec, IntGaugeVec};
 use rustls::ServerConfig;
 use tokio::{
-    net::{TcpListener, TcpStream},
+    net::TcpStream,
     runtime::Handle,
     sync::{OwnedSemaphorePermit, Semaphore},
     time::timeout,
@@ -139,7 +139,7 @@ pub trait Passer: Send + Sync + std::fmt::Debug {
 pub struct Listener {
     name: &'static str,
     /// Each with the runtime that accepts from it and keeps what it accepts.
-    sockets: Vec<(Handle, Socket)>,
+    sockets: Vec<(Handle, Listening)>,
     address: SocketAddr,
     trusted: bool,
     http2: bool,
@@ -147,16 +147,6 @@ pub struct Listener {
     forwarders: Option<Arc<Forwarders>>,
     passer: Option<Arc<dyn Passer>>,
 }
-
-/// A socket that listens.
-#[derive(Debug)]
-struct Socket {
-    listening: std::net::TcpListener,
-    spared: Option<Spared>,
-}
-
-/// How many connections may wait in the kernel to be accepted, for each socket.
-const BACKLOG: u32 = 1024;
 
 impl Listener {
     /// Takes the address, to be served on the runtime of the caller. Nothing is accepted before [`Listener::serve`].
@@ -174,12 +164,12 @@ impl Listener {
         };
         if shared && address.port() != 0 {
             // Sockets that share an address would share it with another process of ours, too.
-            drop(listen(address, false).with_context(|| taken(address))?);
+            drop(Listening::bind(address, false).with_context(|| taken(address))?);
         }
         for runtime in runtimes {
             let _here = runtime.enter();
-            let socket = listen(address, shared).with_context(|| taken(address))?;
-            address = socket.listening.local_addr().context("the listener has no address")?;
+            let socket = Listening::bind(address, shared).with_context(|| taken(address))?;
+            address = socket.local_addr().context("the listener has no address")?;
             sockets.push((runtime.clone(), socket));
         }
         Ok(Self {
@@ -261,16 +251,6 @@ impl Listener {
     }
 }
 
-fn listen(address: SocketAddr, shared: bool) -> io::Result<Socket> {
-    let socket = new_socket(address)?;
-    // Connections of a process that has just ended may still be there.
-    socket.set_reuseaddr(true)?;
-    socket.set_reuseport(shared)?;
-    let pacing = Spared::of(&socket);
-    socket.bind(address)?;
-    Ok(Socket { listening: socket.listen(BACKLOG)?.into_std()?, spared: pacing })
-}
-
 struct Front {
     name: &'static str,
     trusted: bool,
@@ -303,9 +283,9 @@ enum Turn {
 }
 
 impl Front {
-    async fn accept(self: Arc<Self>, socket: Socket) {
-        let acceptor = match TcpListener::from_std(socket.listening) {
-            Ok(listening) => Acceptor::new(listening, socket.spared),
+    async fn accept(self: Arc<Self>, socket: Listening) {
+        let acceptor = match socket.acceptor() {
+            Ok(acceptor) => acceptor,
             Err(error) => return error!(%error, "cannot accept connections"),
         };
         let turns = Arc::new(Turns::here());

@@ -14,7 +14,7 @@ use midspan_client::{
     Capabilities, DeviceAddress, OpenError, Service, Stream, StreamError, StreamName, StreamRequest, Traffic,
     describe, stream_request,
 };
-use midspan_pacing::Acceptor;
+use midspan_pacing::{Acceptor, Listening};
 use tokio::{
     io::{AsyncWrite, Stdout, stdin, stdout},
     net::{TcpStream, lookup_host},
@@ -67,10 +67,11 @@ pub(crate) async fn run(arguments: Arguments, global: &Global) -> Result<(), Fai
     match listen {
         Some(listen) => {
             let address = listen.resolve().await?;
-            let listener = Acceptor::bind(address, BACKLOG).map_err(|error| {
+            let listener = Listening::bind(address, false).map_err(|error| {
                 Failure::other(format!("cannot listen on {address}: {}", describe(&error)))
             })?;
             let address = listener.local_addr()?;
+            let listener = listener.acceptor()?;
             notice(&format!("listening on {address}"));
             tokio::select! {
                 // Signals have to be listened for before the first stream is there to be ended.
@@ -247,9 +248,6 @@ const PATIENCE: Duration = Duration::from_secs(15);
 
 /// The most streams of one listener; further connections wait.
 const STREAMS_MAX: usize = 1024;
-
-/// How many connections may wait in the kernel to be accepted.
-const BACKLOG: u32 = 1024;
 
 /// After a failed accept, usually because there are no more file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(250);
